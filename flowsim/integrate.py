@@ -1,0 +1,428 @@
+"""Adaptive integration of smooth steepest flows: embedded Runge–Kutta pairs, and torchdiffeq behind the same verbs.
+
+Every trajectory has its own step size, error estimate, acceptance and status. These methods are for fields that are
+smooth; at ties and kinks their error estimates collapse, so `flow.SteepestFlow` does not let them near any.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.clocks import Clock, Target, log_mean_exp, log_time_rate
+from flowsim.norms import Norm
+from flowsim.problem import Objective
+from flowsim.state import Segment, State, Status, march, tree_map
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The field at one point: velocity dw/dτ ``(B, P)``, level and its gradient, and rates per unit of the clock τ.
+
+    ``rates`` holds dx/dτ of arclength, relative arclength and dissipated level; ``log_time_rate`` is log dt/dτ.
+    """
+
+    velocity: Float[Tensor, "B P"]
+    lam: Float[Tensor, " B"]
+    ascent: Float[Tensor, "B P"]
+    dual: Float[Tensor, " B"]
+    rates: dict[str, Float[Tensor, " B"]]
+    log_time_rate: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """dw/dτ = (ds/dτ)·u(w), with u the unit steepest direction of ∇Λ in ``norm`` and ds/dτ from ``clock``."""
+
+    norm: Norm
+    clock: Clock
+
+    def __call__(self, objective: Objective, w: Float[Tensor, "B P"]) -> Sample:
+        lam, h = objective.ascent(w)
+        dual, size = self.norm.dual(h).double(), self.norm.value(w).double()
+        lam = lam.double()
+        assert self.clock.speed is not None
+        speed = self.clock.speed(objective, lam, dual, size)
+        rates = {
+            "arclength": speed,
+            # at w = 0 relative arclength is infinite; it counts from the first point that is not
+            "relative": torch.where(size > 0, speed / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0),
+            "dissipated": speed * dual,
+        }
+        velocity = speed.to(w)[:, None] * self.norm.steepest(h)
+        return Sample(velocity, lam, h, dual, rates, log_time_rate(objective, lam, dual) + torch.log(speed))
+
+
+class Method(Protocol):
+    """How a field is integrated. ``budget`` counts attempted steps of each trajectory."""
+
+    def start(self, field: Field, objective: Objective, state: State) -> State: ...
+
+    def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Embedded Runge–Kutta
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge–Kutta pair whose last stage is the first of the next step (FSAL).
+
+    Row i of ``stages`` gives stage i + 2 from the stages before it; its last row is the solution of order ``order``.
+    ``error`` weighs all stages into the difference to the embedded solution of order ``order − 1``.
+    """
+
+    name: str
+    order: int
+    stages: tuple[tuple[float, ...], ...]
+    error: tuple[float, ...]
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """Where in the step each stage is, from 0 to 1."""
+        return (0.0, *(sum(row) for row in self.stages))
+
+    @property
+    def evaluations(self) -> int:
+        """New field evaluations a step."""
+        return len(self.stages)
+
+
+BOSH3 = Tableau(
+    "bosh3",
+    3,
+    ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+    (2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
+)
+"""Bogacki & Shampine 1989, order 3(2)."""
+
+DOPRI5 = Tableau(
+    "dopri5",
+    5,
+    (
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
+"""Dormand & Prince 1980, order 5(4)."""
+
+
+def runge_kutta(
+    tableau: Tableau, field: Callable[[Tensor], Sample], w: Tensor, first: Sample, dt: Float[Tensor, " B"]
+) -> tuple[Tensor, Tensor, list[Sample]]:
+    """One step of size dt from w, where the field is ``first``: the new point, its error vector, all samples."""
+    h = dt.to(w)[:, None]
+    samples = [first]
+    point = w
+    for row in tableau.stages:
+        point = w + h * _combine(row, [s.velocity for s in samples])
+        samples.append(field(point))
+    return point, h * _combine(tableau.error, [s.velocity for s in samples]), samples
+
+
+def _combine(weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
+    """Σ c·v, added in order: a reduction of stacked terms would round by a trajectory's place in the batch."""
+    first, *others = (c * v for c, v in zip(weights, values, strict=True) if c != 0)
+    for term in others:
+        first = first + term
+    return first
+
+
+@dataclass(frozen=True)
+class RungeKutta:
+    """An embedded pair with its own step size for each trajectory.
+
+    A step is accepted where the error vector e satisfies ‖e‖₂ ≤ atol + rtol·‖w‖₂ and, for a loss, moves Λ by
+    ``|⟨∇Λ, e⟩| ≤ rtol``: softmax weights need margins to an absolute accuracy, however large the weights are.
+    log t is held to ``rtol`` as well: along a straight path nothing else would bound the step.
+    """
+
+    tableau: Tableau
+    rtol: float
+    atol: float
+
+    def start(self, field: Field, objective: Objective, state: State) -> State:
+        sample = field(objective, state.w)
+        # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
+        scale = 1e-3 * torch.where(_length(state.w) > 0, _length(state.w), 1.0)
+        guess = scale / _length(sample.velocity)
+        size = torch.where(torch.isfinite(state.step_size), state.step_size, guess)
+        count = torch.ones_like(size)
+        state = replace(
+            state,
+            step_size=size,
+            readings=state.readings | {"lam": sample.lam},
+            tallies=state.tallies | {"gradients": state.tallies["gradients"] + count},
+            memory=_memory(sample),
+            segment=_segment(state, state.w, sample, sample, torch.zeros_like(size)),
+        )
+        return state.stopped(sample.dual == 0, Status.STATIONARY)
+
+    def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
+        return march(lambda part, local: self._step(field, part, local), objective, state, until, budget)
+
+    def _step(self, field: Field, objective: Objective, state: State) -> State:
+        """One attempt of every trajectory."""
+        first, dt = _recall(state), state.step_size
+        w, error, samples = runge_kutta(self.tableau, lambda w: field(objective, w), state.w, first, dt)
+        elapsed, doubt = self._elapsed(samples, dt)
+        log_time = torch.logaddexp(state.readings["log_time"], elapsed)
+        late = torch.exp(doubt - log_time) / self.rtol
+        excess = self._excess(objective, state.w, w, error, samples[-1])
+        excess = torch.maximum(excess, torch.where(torch.isfinite(late), late, 0.0))
+        accepted = excess <= 1
+        tallied = self._tallied(state, accepted)
+        moved = self._moved(tallied, w, samples, dt, log_time)
+        chosen = tree_map(lambda new, old: torch.where(_rows(accepted, new), new, old), moved, tallied)
+        factor = (0.9 * excess.clamp_min(1e-10) ** (-1 / self.tableau.order)).clamp(0.2, 5.0)
+        chosen = replace(chosen, step_size=dt * torch.where(accepted, factor, factor.clamp_max(0.9)))
+        return self._judged(chosen, first, finite=torch.isfinite(excess))
+
+    def _excess(self, objective: Objective, w0: Tensor, w1: Tensor, error: Tensor, last: Sample) -> Tensor:
+        """The error over its tolerance; infinite where the trial is not finite."""
+        size = torch.maximum(_length(w0), _length(w1))
+        excess = _length(error) / (self.atol + self.rtol * size)
+        if objective.logarithmic:
+            excess = torch.maximum(excess, (last.ascent * error).sum(-1).abs().double() / self.rtol)
+        finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(_length(last.velocity))
+        return torch.where(finite, excess, torch.inf)
+
+    def _tallied(self, state: State, accepted: Tensor) -> State:
+        yes = accepted.double()
+        tallies = state.tallies | {
+            "gradients": state.tallies["gradients"] + self.tableau.evaluations,
+            "accepted": state.tallies["accepted"] + yes,
+            "rejected": state.tallies["rejected"] + 1 - yes,
+        }
+        return replace(state, tallies=tallies, readings=state.readings | {"steps": state.readings["steps"] + 1})
+
+    def _moved(self, state: State, w: Tensor, samples: list[Sample], dt: Tensor, log_time: Tensor) -> State:
+        """The state after an accepted step; readings by the quadrature of the tableau."""
+        weights = self.tableau.stages[-1]
+        inner = samples[: len(weights)]
+        gained = {name: dt * _combine(weights, [s.rates[name] for s in inner]) for name in samples[0].rates}
+        readings = state.readings | {
+            "lam": samples[-1].lam,
+            "arclength": state.readings["arclength"] + gained["arclength"],
+            "relative": state.readings["relative"] + gained["relative"],
+            "log_time": log_time,
+        }
+        moved = replace(
+            state,
+            w=w,
+            readings=readings,
+            tallies=state.tallies | {"dissipated": state.tallies["dissipated"] + gained["dissipated"]},
+            memory=_memory(samples[-1]),
+        )
+        return replace(moved, segment=_segment(state, w, samples[0], samples[-1], dt, moved.readings))
+
+    def _elapsed(self, samples: list[Sample], dt: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """log of the flow time that the step takes, and log of its error.
+
+        Λ can move by many units in a step, and log dt/dτ with it. A log rate that is linear is integrated exactly;
+        the tableau's quadrature sees only the difference.
+        """
+        rates = torch.stack([s.log_time_rate for s in samples])
+        first, last, peak = rates[0], rates[-1], rates.amax(0)
+        linear = log_mean_exp(first, last)
+        rest = [
+            torch.exp(rate - peak) - torch.exp(first + c * (last - first) - peak)
+            for c, rate in zip(self.tableau.nodes, rates, strict=True)
+        ]
+        mean = torch.exp(linear - peak) + _combine(self.tableau.stages[-1], rest[:-1])
+        log_mean = torch.where(mean > 0, peak + torch.log(mean.clamp_min(1e-300)), linear)
+        doubt = peak + torch.log(_combine(self.tableau.error, rest).abs())
+        return torch.log(dt) + log_mean, torch.log(dt) + doubt
+
+    def _judged(self, state: State, first: Sample, finite: Tensor) -> State:
+        """The state with trajectories stopped that cannot go on."""
+        state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+        eps = torch.finfo(state.w.dtype).eps
+        # not "≤", which lets steps pass that are no number
+        stuck = ~(state.step_size * _length(first.velocity) > 4 * eps * _length(state.w))
+        state = state.stopped(stuck & ~finite, Status.NONFINITE)
+        return state.stopped(stuck, Status.STEP_TOO_SMALL)
+
+
+def _length(v: Tensor) -> Float[Tensor, " B"]:
+    return torch.linalg.vector_norm(v, dim=-1).double()
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (like.ndim - 1))
+
+
+def _memory(sample: Sample) -> dict[str, Tensor]:
+    rates = {f"rate_{name}": rate for name, rate in sample.rates.items()}
+    return {
+        "velocity": sample.velocity,
+        "ascent": sample.ascent,
+        "dual": sample.dual,
+        "log_time_rate": sample.log_time_rate,
+        **rates,
+    }
+
+
+def _recall(state: State) -> Sample:
+    m = state.memory
+    rates = {name.removeprefix("rate_"): value for name, value in m.items() if name.startswith("rate_")}
+    return Sample(m["velocity"], state.readings["lam"], m["ascent"], m["dual"], rates, m["log_time_rate"])
+
+
+def _segment(
+    state: State, w: Tensor, a: Sample, b: Sample, dt: Tensor, readings: dict[str, Tensor] | None = None
+) -> Segment:
+    """The step from ``state`` to ``w`` with readings there (by default a step of no length)."""
+    h = dt.to(w)[:, None]
+    log_dt = torch.log(dt)
+    here = state.readings | {"lam": a.lam}
+    return Segment(
+        w0=state.w,
+        w1=w,
+        slope0=h * a.velocity,
+        slope1=h * b.velocity,
+        readings0=here,
+        readings1=readings or here,
+        lam_slope0=dt * a.rates["dissipated"],
+        lam_slope1=dt * b.rates["dissipated"],
+        time_rate0=a.log_time_rate + log_dt,
+        time_rate1=b.log_time_rate + log_dt,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# torchdiffeq
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TorchDiffEq:
+    """A solver of torchdiffeq (Chen 2018), one call for each trajectory: an independent check of the flow.
+
+    Its save points must be on the clock that it integrates, and each is the end of a call. Where torchdiffeq gives
+    up (its ``underflow in dt`` assertion), the trajectory stops at its last accepted step with a status.
+    """
+
+    method: str
+    rtol: float
+    atol: float
+
+    def start(self, field: Field, objective: Objective, state: State) -> State:
+        sample = field(objective, state.w)
+        gradients = state.tallies["gradients"] + 1
+        state = replace(
+            state,
+            readings=state.readings | {"lam": sample.lam},
+            tallies=state.tallies | {"gradients": gradients},
+            memory={"log_time_rate": sample.log_time_rate},
+            segment=None,
+        )
+        return state.stopped(sample.dual == 0, Status.STATIONARY)
+
+    def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
+        if until.clock != field.clock:
+            raise ValueError(
+                f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on {until.clock.name}; "
+                f"try clock=flowsim.clocks.{until.clock.name.upper()}"
+            )
+        pending = state.running & (state.readings[until.clock.reading] < until.value)
+        for row in pending.nonzero().flatten().split(1):
+            one = self._solve(field, objective.select(row), state.select(row), until.select(row), budget)
+            state = state.scatter(row, one)
+        return state
+
+    def _solve(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
+        """One call of torchdiffeq from the state's clock to the target's."""
+        from torchdiffeq import odeint
+
+        P = state.w.shape[1]
+        path = _Recorded(field, objective, state.memory["log_time_rate"], size=P, budget=budget)
+        y0 = torch.cat([state.w[0], state.w.new_zeros(len(_EXTRAS))])
+        span = torch.cat([state.readings[field.clock.reading], until.value])
+        if field.clock.reading == "log_time":
+            span = torch.exp(span)
+        options = {"norm": lambda y: y[:P].square().mean().sqrt()}
+        status = Status.RUNNING
+        try:
+            y = odeint(path, y0, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
+            tau = span[1]
+        except _BudgetSpent:
+            tau, y = path.last
+        except AssertionError as error:
+            status = Status.NONFINITE if "non-finite" in str(error) else Status.STEP_TOO_SMALL
+            tau, y = path.last or (span[0], y0)
+        return self._arrived(field, objective, state, path, tau, y).stopped(torch.tensor([True]), status)
+
+    def _arrived(
+        self, field: Field, objective: Objective, state: State, path: "_Recorded", tau: Tensor, y: Tensor
+    ) -> State:
+        w = y[None, : -len(_EXTRAS)]
+        extras = dict(zip(_EXTRAS, y[-len(_EXTRAS) :, None].double(), strict=True))
+        sample = field(objective, w)
+        readings = state.readings | {
+            "steps": state.readings["steps"] + path.attempted,
+            "lam": sample.lam,
+            "arclength": state.readings["arclength"] + extras["arclength"],
+            "relative": state.readings["relative"] + extras["relative"],
+            "log_time": torch.logaddexp(
+                state.readings["log_time"], path.log_time_unit + torch.log(extras["time"].clamp_min(0))
+            ),
+        }
+        shown = torch.log(tau) if field.clock.reading == "log_time" else tau
+        readings[field.clock.reading] = shown[None].double()  # the clock's own, so that it reaches its target
+        tallies = state.tallies | {
+            "gradients": state.tallies["gradients"] + path.calls + 1,
+            "accepted": state.tallies["accepted"] + path.accepted,
+            "rejected": state.tallies["rejected"] + path.attempted - path.accepted,
+            "dissipated": state.tallies["dissipated"] + extras["dissipated"],
+        }
+        return replace(
+            state, w=w, readings=readings, tallies=tallies, memory={"log_time_rate": sample.log_time_rate}
+        )
+
+
+_EXTRAS = ("arclength", "relative", "dissipated", "time")
+
+
+class _BudgetSpent(Exception):
+    pass
+
+
+class _Recorded:
+    """The field as torchdiffeq wants it, with readings as extra components; remembers the last accepted point."""
+
+    def __init__(
+        self, field: Field, objective: Objective, log_time_unit: Tensor, *, size: int, budget: int
+    ) -> None:
+        self.field, self.objective, self.size, self.budget = field, objective, size, budget
+        self.log_time_unit = log_time_unit
+        self.calls = self.attempted = self.accepted = 0
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, tau: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        sample = self.field(self.objective, y[None, : self.size])
+        time = torch.exp(sample.log_time_rate - self.log_time_unit)
+        extras = [*(sample.rates[name] for name in _EXTRAS[:-1]), time]
+        return torch.cat([sample.velocity[0], torch.cat(extras).to(y)])
+
+    def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        """Before each attempt, from the point that was last accepted."""
+        if bool(torch.isfinite(y0).all()):
+            self.last = (t0, y0)
+        if self.attempted == self.budget:
+            raise _BudgetSpent
+        self.attempted += 1
+
+    def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.accepted += 1

@@ -1,0 +1,1 @@
+"""Batched kernels of feed-forward nets. `reference` is the definition that every faster path is tested against."""

@@ -1,0 +1,200 @@
+"""The one loop: advance a rule, read saves off its steps, observe, checkpoint, and stop for a stated reason."""
+
+import time as wallclock
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowsim.clocks import Clock, Schedule, Target
+from flowsim.problem import Objective
+from flowsim.provenance import describe
+from flowsim.state import CLOCKS, Rule, State, Status
+from flowsim.trajectory import Trajectory, save_state
+
+Observer = Callable[[Any, State], Tensor]
+
+_CHUNK = 256  # natural steps between looks at the wall clock, the progress bar and Ctrl-C
+_WEIGHTS_LIMIT = 2**24  # numbers; 128 MiB in float64
+_TAKEN = {*CLOCKS, "weights", "save", "trajectory"}  # the names of what a Trajectory has anyway, also on disk
+
+
+def simulate(
+    problem: Objective,
+    rule: Rule,
+    w0: Tensor | State,
+    *,
+    until: Schedule,
+    observe: Mapping[str, Observer] | None = None,
+    max_steps: int = 1_000_000,
+    progress: bool = False,
+    strict: bool = False,
+    directory: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> Trajectory:
+    """Run ``rule`` on ``problem`` from ``w0 (B, P)``, or on from a State, and return the Trajectory.
+
+    ``until`` is `flowsim.lam`, `time`, `steps` or `arclength`. The first save is the start. Natural steps are never
+    shortened for a save: flows are read off the step's dense output, discrete rules at the first iterate that has
+    reached the save point. ``observe`` maps names to functions of (problem, state) that return ``(B, …)``.
+    Weights are kept at the save points while they are at most 2²⁴ numbers.
+
+    A trajectory that cannot go on stops with a `Status` and leaves NaN behind; the others go on. Ctrl-C returns
+    what there is. With ``strict=True`` any status but DONE raises `SimulationError`, which carries the Trajectory.
+    With a ``directory``, the state is written there every ``checkpoint_seconds``, and the Trajectory at the end.
+    """
+    _check_options(until, observe, max_steps)
+    weights = w0.w if isinstance(w0, State) else w0
+    problem.check_weights(weights)
+    problem = problem.like(weights)
+    began = wallclock.monotonic()
+    state = rule.start(problem, w0)
+    first_step = state.readings["steps"]
+    recorder = _Recorder(problem, until, state, dict(observe or {}))
+    last_checkpoint, calls = began, 0
+    with _bar(progress, rule, recorder) as bar:
+        try:
+            while True:
+                state = recorder.sample(state)
+                bar.update(recorder.progress() - bar.n)
+                # a call takes at least one step, so calls end the loop even where a rule does not count
+                left = max_steps - (state.readings["steps"] - first_step).clamp_min(calls)
+                state = state.stopped(left <= 0, Status.MAX_STEPS)
+                if not bool(state.running.any()):
+                    break
+                budget = min(_CHUNK, int(left[state.running].min()))
+                state, calls = rule.advance(problem, state, recorder.target(), budget), calls + 1
+                if directory is not None and wallclock.monotonic() - last_checkpoint > checkpoint_seconds:
+                    save_state(state, Path(directory))
+                    last_checkpoint = wallclock.monotonic()
+        except KeyboardInterrupt:
+            state = state.stopped(state.running, Status.INTERRUPTED)
+    provenance = describe(problem, rule, weights) | {"seconds": wallclock.monotonic() - began}
+    run = recorder.trajectory(state, rule, provenance | {"max_steps": max_steps, "until": _words(until)})
+    if directory is not None:
+        run.save(directory)
+    if strict and any(s is not Status.DONE for s in run.statuses):
+        raise SimulationError(run)
+    return run
+
+
+class SimulationError(RuntimeError):
+    """Some trajectories did not reach the end; ``trajectory`` holds what there is of all of them."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        failed = [f"trajectory {b}: {s.sentence}" for b, s in enumerate(trajectory.statuses) if s is not Status.DONE]
+        super().__init__("; ".join(failed))
+
+
+def _check_options(until: Schedule, observe: Any, max_steps: int) -> None:
+    if not isinstance(until, Schedule):
+        raise TypeError(f"simulate: got until={until!r}, expected a schedule, try until=flowsim.lam(100)")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"simulate: got max_steps={max_steps!r}, expected an integer ≥ 1")
+    if observe is not None and not (isinstance(observe, Mapping) and all(callable(f) for f in observe.values())):
+        raise TypeError(
+            "simulate: got observe that is not a mapping from names to functions of (problem, state); "
+            "try observe=flowsim.diagnostics.standard(problem)"
+        )
+    for name in observe or {}:
+        if name in _TAKEN or name.startswith("tally_"):
+            raise ValueError(f"simulate: got an observer named {name!r}, expected a name that is not taken yet")
+
+
+def _words(until: Schedule) -> str:
+    return f"{until.clock.name} {until.stop:g}" + (" (log)" if until.clock.reading == "log_time" else "")
+
+
+def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> tqdm:
+    return tqdm(total=recorder.total, desc=rule.label, disable=not progress, unit="save", leave=False)
+
+
+class _Recorder:
+    """Reads save points off states and keeps them: the one mutable thing in a simulation."""
+
+    def __init__(
+        self, problem: Objective, until: Schedule, state: State, observers: dict[str, Observer]
+    ) -> None:
+        self.problem, self.observers = problem, observers
+        self.clock: Clock = until.clock
+        self.targets = torch.tensor(
+            [-torch.inf, *until.targets(state.readings[self.clock.reading])],
+            dtype=torch.float64,
+            device=state.w.device,
+        )
+        B, P = state.w.shape
+        self.next = torch.zeros(B, dtype=torch.long, device=state.w.device)
+        self.values: dict[str, np.ndarray] = {}
+        self.weights = np.full((len(self.targets), B, P), np.nan) if self._affordable(B * P) else None
+
+    def _affordable(self, numbers: int) -> bool:
+        return len(self.targets) * numbers <= _WEIGHTS_LIMIT
+
+    @property
+    def total(self) -> int:
+        return len(self.targets) * len(self.next)
+
+    def progress(self) -> int:
+        return int(self.next.sum())
+
+    def target(self) -> Target:
+        """Each trajectory's next save point."""
+        return Target(self.clock, self.targets[self.next.clamp_max(len(self.targets) - 1)])
+
+    def sample(self, state: State) -> State:
+        """Keep every save point that the last step has reached; trajectories that have them all are DONE."""
+        while True:
+            target = self.target()
+            shown = state.readings[self.clock.reading]
+            due = (self.next < len(self.targets)) & (shown >= target.value)
+            if not bool(due.any()):
+                break
+            self._keep(self._read(state, target, due), due)
+            self.next = self.next + due
+        return state.stopped(self.next == len(self.targets), Status.DONE)
+
+    def _read(self, state: State, target: Target, due: Tensor) -> State:
+        """The state at the save point where one is due, elsewhere the state itself."""
+        first = self.next == 0
+        if state.segment is None or bool((due & first).any()):
+            return state
+        u = torch.where(due, state.segment.locate(target), 1.0)
+        w, readings = state.segment.at(u)
+        # Λ of the weights that are saved, not of the interpolant
+        readings["lam"] = torch.where(u < 1, self.problem.lam(w).double(), readings["lam"])
+        return replace(state, w=w, readings=readings, memory={}, segment=None)
+
+    def _keep(self, point: State, due: Tensor) -> None:
+        rows, index = due.nonzero().squeeze(1).cpu().numpy(), self.next[due].cpu().numpy()
+        values = dict(point.readings) | {f"tally_{name}": tally for name, tally in point.tallies.items()}
+        with torch.no_grad():
+            values |= {name: observer(self.problem, point) for name, observer in self.observers.items()}
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != self.next.shape:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"observer {name!r} returned {got}, expected a tensor with a leading trajectory axis of "
+                    f"{len(self.next)}"
+                )
+            array = value.detach().cpu().double().numpy()
+            if name not in self.values:
+                self.values[name] = np.full((len(self.targets), *array.shape), np.nan)
+            self.values[name][index, rows] = array[rows]
+        if self.weights is not None:
+            self.weights[index, rows] = point.w.detach().cpu().double().numpy()[rows]
+
+    def trajectory(self, state: State, rule: Rule, provenance: dict[str, Any]) -> Trajectory:
+        return Trajectory(
+            values=self.values,
+            weights=self.weights,
+            final=state,
+            label=rule.label,
+            clock=self.clock.reading,
+            provenance=provenance,
+        )
