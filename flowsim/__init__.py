@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flowsim import clocks, data, diagnostics, plots
+    from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
     from flowsim.integrate import BOSH3, DOPRI5
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
+    from flowsim.matrix_norms import Nuclear, Schatten, Spectral
     from flowsim.nets import (
         MLP,
         Diagonal,
@@ -28,22 +30,10 @@ if TYPE_CHECKING:
         relu,
         square,
         squared_relu,
+        weights_of,
     )
-    from flowsim.norms import (
-        L1,
-        L2,
-        Euclidean,
-        Frobenius,
-        Linf,
-        Lp,
-        Mahalanobis,
-        Max,
-        Nuclear,
-        Schatten,
-        Spectral,
-        Sum,
-        modular,
-    )
+    from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Mahalanobis
+    from flowsim.odeint import TorchDiffEq
     from flowsim.problem import Problem, Quadratic
     from flowsim.simulation import SimulationError, simulate
     from flowsim.state import State, Status
@@ -75,22 +65,12 @@ _HOME = {
         "relu",
         "square",
         "squared_relu",
+        "weights_of",
     ],
-    "norms": [
-        "Euclidean",
-        "Frobenius",
-        "L1",
-        "L2",
-        "Linf",
-        "Lp",
-        "Mahalanobis",
-        "Max",
-        "Nuclear",
-        "Schatten",
-        "Spectral",
-        "Sum",
-        "modular",
-    ],
+    "norms": ["Frobenius", "L1", "L2", "Linf", "Lp", "Mahalanobis"],
+    "matrix_norms": ["Nuclear", "Schatten", "Spectral"],
+    "block_norms": ["Euclidean", "Max", "Sum", "modular"],
+    "odeint": ["TorchDiffEq"],
     "problem": ["Problem", "Quadratic"],
     "simulation": ["SimulationError", "simulate"],
     "state": ["State", "Status"],

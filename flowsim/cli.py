@@ -28,9 +28,7 @@ _output = click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Directory for the results."
 )
 _quiet = click.option("--no-progress", is_flag=True, help="Show no progress bars.")
-_overwrite = click.option(
-    "--overwrite", is_flag=True, help="Replace results that are in the directory already."
-)
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace results that are in the directory already.")
 
 
 @main.command()
@@ -64,9 +62,7 @@ def run(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -
     experiment = _experiment(config)
     directory = output or Path("runs") / experiment.name
     if (directory / "config.toml").exists() and not overwrite:
-        raise click.ClickException(
-            f"{directory} holds results already; choose another --output, or add --overwrite"
-        )
+        raise click.ClickException(f"{directory} holds results already; choose another --output, or add --overwrite")
     _execute(experiment, directory, progress=not no_progress)
 
 
@@ -119,9 +115,7 @@ def _print_table(console: "Console", runs: "dict[str, Trajectory]", directory: P
     for name in rows[0]:
         table.add_column(_TITLES.get(name, name), justify="left" if name in ("run", "stopped") else "right")
     for row in rows:
-        table.add_row(
-            *(value if isinstance(value, str) else _short(name, value) for name, value in row.items())
-        )
+        table.add_row(*(value if isinstance(value, str) else _short(name, value) for name, value in row.items()))
     console.print(table)
 
 

@@ -11,6 +11,7 @@ Time is only ever held as log t: at Λ = 10⁶ it is e^{10⁶}.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,18 +38,14 @@ class Clock:
     speed: Speed | None
 
 
-def log_time_rate(
-    objective: Objective, lam: Float[Tensor, " B"], dual: Float[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+def log_time_rate(objective: Objective, lam: Float[Tensor, " B"], dual: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """log dt/ds, flow time per unit of arclength: Λ − log ‖∇Λ‖_*, or −log ‖∇F‖_* where the level is −F."""
     return (lam if objective.logarithmic else torch.zeros_like(lam)) - torch.log(dual)
 
 
 STEPS = Clock("steps", "steps", None)
 LAM = Clock("lam", "lam", lambda objective, lam, dual, size: 1 / dual)
-TIME = Clock(
-    "time", "log_time", lambda objective, lam, dual, size: torch.exp(-log_time_rate(objective, lam, dual))
-)
+TIME = Clock("time", "log_time", lambda objective, lam, dual, size: torch.exp(-log_time_rate(objective, lam, dual)))
 ARCLENGTH = Clock("arclength", "arclength", lambda objective, lam, dual, size: torch.ones_like(dual))
 RELATIVE = Clock("relative", "relative", lambda objective, lam, dual, size: size)
 
@@ -107,7 +104,7 @@ def _schedule(
     if not given or not all(_number(v) and math.isfinite(v) for v in given):
         raise ValueError(f"{what}: got {value!r}, expected a finite number or a non-empty list of them")
     points = tuple(read(v) for v in given)
-    if any(b <= a for a, b in zip(points, points[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(points)):
         raise ValueError(f"{what}: got save points {given}, expected them in increasing order")
     if not isinstance(value, list):
         if not (isinstance(saves, Integral) and saves >= 2):
@@ -140,10 +137,18 @@ def _whole_steps(start: float, stop: float, saves: int) -> list[float]:
     return sorted({start + round(r) for r in raw})
 
 
+_RESOLUTION = 0.01  # of Λ at the start of a run: a small initialisation escapes while Λ hardly moves
+
+
+def _from_start(start: float, stop: float, saves: int) -> list[float]:
+    rise = _spaced(lambda r: math.asinh(r / _RESOLUTION), lambda r: _RESOLUTION * math.sinh(r))
+    return [start + r for r in rise(0.0, stop - start, saves)]
+
+
 def lam(value: float | Iterable[float], saves: int = 100) -> Schedule:
-    """Run until Λ reaches ``value``; save at ``saves`` points even in asinh Λ (linear near 0, logarithmic far out),
-    or at exactly the values of a list."""
-    return _schedule(LAM, _listed(value), saves, _spaced(math.asinh, math.sinh))
+    """Run until Λ reaches ``value``; save at ``saves`` points whose rise over the start is even in asinh(rise/0.01),
+    so that they are dense at first and then logarithmic, or at exactly the values of a list."""
+    return _schedule(LAM, _listed(value), saves, _from_start)
 
 
 def arclength(value: float | Iterable[float], saves: int = 100) -> Schedule:

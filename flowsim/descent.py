@@ -52,7 +52,6 @@ def take(objective: Objective, norm: Norm, state: State, step: Step) -> State:
     tallies = state.tallies | {
         "gradients": state.tallies["gradients"] + 1,
         "accepted": state.tallies["accepted"] + 1,
-        "dissipated": state.tallies["dissipated"] + step.length * 0.5 * (state.memory["dual"] + memory["dual"]),
     }
     if step.log_time is None:
         here = log_time_rate(objective, state.readings["lam"], state.memory["dual"])
@@ -66,6 +65,7 @@ def take(objective: Objective, norm: Norm, state: State, step: Step) -> State:
         "log_time": torch.logaddexp(state.readings["log_time"], log_time),
         "arclength": state.readings["arclength"] + step.length,
         "relative": state.readings["relative"] + torch.where(size > 0, step.length / size, 0.0),
+        "dissipated": state.readings["dissipated"] + step.length * 0.5 * (state.memory["dual"] + memory["dual"]),
     }
     moved = replace(state, w=w, readings=readings, tallies=tallies, memory=memory)
     finite = torch.isfinite(lam) & torch.isfinite(memory["dual"]) & torch.isfinite(memory["size"])
@@ -93,7 +93,8 @@ class SmallStep:
     For a net of degree L > 1 a step moves no weight by more than ``relative``·max|w|/(L − 1), because the gradient
     is a function of degree L − 1. On smooth fields, and in ℓ2, the path tends to the steepest flow as ``dlam`` → 0;
     on nets with kinks in ℓ1, ℓ∞ or spectral norms it tends to another path, because it averages directions across
-    a kink where the flow takes the direction of the averaged gradient.
+    a kink where the flow takes the direction of the averaged gradient. Coarse steps in ℓ1
+    and ℓ∞ may settle at a wrong margin for good, also on linear models: halve ``dlam`` to see whether it moves.
     """
 
     norm: Norm

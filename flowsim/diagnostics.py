@@ -51,7 +51,7 @@ def alignment(norm: Norm) -> Diagnostic:
 
 
 def entropy(problem: Problem, state: State) -> Tensor:
-    """H(p) = −Σ p_i log p_i of the examples' weights in the descent, between 0 and log N."""
+    """H(p) = −Σ p_i log p_i of the weights in the descent, between 0 and log M."""
     p = problem.weights(state.w)
     return -torch.special.xlogy(p, p).sum(-1)
 

@@ -16,14 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from flowsim import clocks, data, diagnostics, losses, nets, plots
+from flowsim.block_norms import modular
 from flowsim.clocks import Schedule
 from flowsim.data import Data
 from flowsim.descent import SmallStep, SteepestDescent
 from flowsim.flow import SteepestFlow
-from flowsim.integrate import BOSH3, DOPRI5
+from flowsim.integrate import BOSH3, DOPRI5, Method
 from flowsim.layout import Layout
+from flowsim.matrix_norms import Nuclear, Schatten, Spectral
 from flowsim.nets import Net
-from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Norm, Nuclear, Schatten, Spectral, modular
+from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Norm
+from flowsim.odeint import TorchDiffEq
 from flowsim.problem import Problem
 from flowsim.simulation import simulate
 from flowsim.state import Rule, Status
@@ -103,9 +106,7 @@ class FeedForward(Part):
     frozen: list[str] = []
 
     def build(self, inputs: int, outputs: int) -> Net:
-        chosen = (
-            nets.leaky_relu(self.slope) if self.activation == "leaky_relu" else getattr(nets, self.activation)
-        )
+        chosen = nets.leaky_relu(self.slope) if self.activation == "leaky_relu" else getattr(nets, self.activation)
         return nets.MLP([inputs, *self.hidden, outputs], activation=chosen)
 
 
@@ -180,8 +181,7 @@ class Flow(RulePart):
     method: str = "dopri5"
 
     def rule(self, layout: Layout) -> Rule:
-        own = {"dopri5": DOPRI5, "bosh3": BOSH3}
-        method = own[self.method] if self.method in own else self.method.removeprefix("torchdiffeq:")
+        method = method_from_word(self.method)
         clock = getattr(clocks, self.clock.upper())
         return SteepestFlow(norm_from_word(self.norm, layout), self.rtol, self.atol, clock, method)
 
@@ -207,6 +207,16 @@ def norm_from_word(word: str, layout: Layout) -> Norm:
     )
 
 
+def method_from_word(word: str) -> Method:
+    """A method by its word: dopri5, bosh3, or torchdiffeq:<one of its adaptive solvers>."""
+    own: dict[str, Method] = {"dopri5": DOPRI5, "bosh3": BOSH3}
+    if word in own:
+        return own[word]
+    if word.startswith("torchdiffeq:"):
+        return TorchDiffEq(word.removeprefix("torchdiffeq:"))
+    raise ValueError(f"method: got {word!r}, expected dopri5, bosh3, or torchdiffeq:<solver>")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The experiment
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,9 +231,7 @@ class Experiment(Part):
 
     name: str
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    loss: Literal["exponential", "logistic", "cross_entropy", "pairwise_exponential", "squared"] = (
-        "exponential"
-    )
+    loss: Literal["exponential", "logistic", "cross_entropy", "pairwise_exponential", "squared"] = "exponential"
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float64"
     threads: Whole | None = None
@@ -231,9 +239,7 @@ class Experiment(Part):
     net: Annotated[FeedForward | DiagonalNet, Field(discriminator="kind")]
     init: Init = Init()
     until: Until
-    rules: Annotated[
-        list[Annotated[SmallSteps | Descent | Flow, Field(discriminator="kind")]], Field(min_length=1)
-    ]
+    rules: Annotated[list[Annotated[SmallSteps | Descent | Flow, Field(discriminator="kind")]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -253,9 +259,7 @@ class Experiment(Part):
 
     def write(self, path: str | Path) -> None:
         """The complete configuration, defaults included, as a TOML file."""
-        Path(path).write_text(
-            tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
-        )
+        Path(path).write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 
     def problem(self) -> tuple[Problem, Data | None, Tensor]:
         """The problem, the test set where there is one, and the weights that every rule starts from."""
@@ -349,23 +353,25 @@ def summary(runs: dict[str, Trajectory]) -> list[dict[str, Any]]:
 def _row(label: str, run: Trajectory) -> dict[str, Any]:
     last = {name: _last(run[name]) for name in run.names if run[name].ndim == 2}
     own = run.provenance.get("norm") or "l2"
-    risen = last["lam"] - run["lam"][0]
     return {
         "run": label,
         "t0": 10 ** plots.crossing(run),
         "lam": np.median(last["lam"]),
-        **{
-            f"margin_{n}": np.median(last[f"margin_{n}"])
-            for n in ("l1", "l2", "linf")
-            if f"margin_{n}" in last
-        },
+        **{f"margin_{n}": np.median(last[f"margin_{n}"]) for n in ("l1", "l2", "linf") if f"margin_{n}" in last},
         "alignment": np.median(last[f"alignment_{own}"]) if f"alignment_{own}" in last else np.nan,
-        "energy": np.median(last["tally_dissipated"] / risen - 1),
+        "energy": np.median(_energy_excess(run)),
         "steps": np.median(last["steps"]),
         "gradients": np.median(last["tally_gradients"]),
         "seconds": run.provenance["seconds"],
         "stopped": ", ".join(f"{run.statuses.count(s)} × {s.name}" for s in dict.fromkeys(run.statuses)),
     }
+
+
+def _energy_excess(run: Trajectory) -> np.ndarray:
+    """∫‖∇Λ‖_* ds over the rise of Λ, less one: zero along an exact steepest flow. NaN for a run that did not rise."""
+    risen = run.final.readings["lam"].cpu().numpy() - run["lam"][0]
+    spent = run.final.readings["dissipated"].cpu().numpy() - run["dissipated"][0]
+    return np.divide(spent, risen, out=np.full_like(risen, np.nan), where=risen > 0) - 1
 
 
 def _last(value: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The steepest flow of an objective in a norm, as a Rule."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from flowsim.clocks import ARCLENGTH, Clock, Target
-from flowsim.integrate import DOPRI5, Field, Method, RungeKutta, Tableau, TorchDiffEq
+from flowsim.integrate import DOPRI5, Field, Method, Solver
 from flowsim.norms import Norm
 from flowsim.problem import Objective
 from flowsim.state import State, fresh
@@ -16,7 +16,7 @@ class SteepestFlow:
     """Steepest flow dw/dt ∈ argmin_{‖u‖ ≤ ‖g‖_*} ⟨u, g⟩ with g = ∇𝓛(w) (Tsilivis et al. 2026, Eq. 3).
 
     The path does not depend on ``clock``, which sets only the variable that the solver sees. ``method`` is an
-    embedded pair (`DOPRI5`, `BOSH3`) or the name of an adaptive solver of torchdiffeq. A step's error is at most
+    embedded pair (`DOPRI5`, `BOSH3`) or a solver of torchdiffeq (`TorchDiffEq`). A step's error is at most
     ``atol + rtol·‖w‖₂``, and at most ``rtol`` in Λ and in log t.
 
     Smooth fields only: a net with kinks or a norm with ties is refused, because there a one-step error estimate
@@ -27,7 +27,7 @@ class SteepestFlow:
     rtol: float = 1e-6
     atol: float = 1e-12
     clock: Clock = ARCLENGTH
-    method: Tableau | str = field(default=DOPRI5)
+    method: Method = DOPRI5
 
     def __post_init__(self) -> None:
         if not isinstance(self.norm, Norm):
@@ -40,12 +40,10 @@ class SteepestFlow:
                 f"SteepestFlow: got clock {self.clock!r}, expected one that can be integrated against, "
                 "try flowsim.clocks.ARCLENGTH"
             )
-        if not isinstance(self.method, Tableau | str):
-            raise TypeError(f"SteepestFlow: got method {self.method!r}, expected a Tableau, try flowsim.DOPRI5")
-        if isinstance(self.method, str) and self.method not in _TORCHDIFFEQ:
-            raise ValueError(
-                f"SteepestFlow: got method {self.method!r}, expected an adaptive solver of torchdiffeq, "
-                f"one of {', '.join(_TORCHDIFFEQ)}"
+        if isinstance(self.method, type) or not isinstance(self.method, Method):
+            raise TypeError(
+                f"SteepestFlow: got method {self.method!r}, expected a method, try flowsim.DOPRI5 or "
+                "flowsim.TorchDiffEq('dopri5')"
             )
 
     @property
@@ -54,19 +52,17 @@ class SteepestFlow:
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         self._require_smooth(problem)
-        return self._method.start(self._field(problem), problem, fresh(problem, w_or_state))
+        return self._solver.start(self._field(problem), problem, fresh(problem, w_or_state))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        return self._method.advance(self._field(problem), problem, state, until, budget)
+        return self._solver.advance(self._field(problem), problem, state, until, budget)
 
     def _field(self, problem: Objective) -> Field:
         return Field(self.norm.bind(problem.layout), self.clock)
 
     @property
-    def _method(self) -> Method:
-        if isinstance(self.method, str):
-            return TorchDiffEq(self.method, self.rtol, self.atol)
-        return RungeKutta(self.method, self.rtol, self.atol)
+    def _solver(self) -> Solver:
+        return self.method.solver(self.rtol, self.atol)
 
     def _require_smooth(self, problem: Objective) -> None:
         instead = f"try flowsim.SmallStep(flowsim.{self.norm!r}) for the small-step path"
@@ -80,6 +76,3 @@ class SteepestFlow:
                 f"SteepestFlow integrates smooth fields, but the {self.norm.name} norm has ties, where its steepest "
                 f"direction jumps and an ODE solver stalls; {instead}"
             )
-
-
-_TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")

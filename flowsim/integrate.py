@@ -1,4 +1,4 @@
-"""Adaptive integration of smooth steepest flows: embedded Runge–Kutta pairs, and torchdiffeq behind the same verbs.
+"""Adaptive integration of smooth steepest flows: the field, the verbs of a method, and embedded Runge–Kutta pairs.
 
 Every trajectory has its own step size, error estimate, acceptance and status. These methods are for fields that are
 smooth; at ties and kinks their error estimates collapse, so `flow.SteepestFlow` does not let them near any.
@@ -6,7 +6,7 @@ smooth; at ties and kinks their error estimates collapse, so `flow.SteepestFlow`
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -56,17 +56,19 @@ class Field:
         return Sample(velocity, lam, h, dual, rates, log_time_rate(objective, lam, dual) + torch.log(speed))
 
 
-class Method(Protocol):
-    """How a field is integrated. ``budget`` counts attempted steps of each trajectory."""
+class Solver(Protocol):
+    """How a field is integrated, to a tolerance. ``budget`` counts attempted steps of each trajectory."""
 
     def start(self, field: Field, objective: Objective, state: State) -> State: ...
 
     def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Embedded Runge–Kutta
-# ---------------------------------------------------------------------------------------------------------------
+@runtime_checkable
+class Method(Protocol):
+    """What users pass to a flow: a method that makes a solver once the tolerance is known."""
+
+    def solver(self, rtol: float, atol: float) -> Solver: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class Tableau:
     def evaluations(self) -> int:
         """New field evaluations a step."""
         return len(self.stages)
+
+    def solver(self, rtol: float, atol: float) -> "RungeKutta":
+        """This pair with its own step size for each trajectory."""
+        return RungeKutta(self, rtol, atol)
 
 
 BOSH3 = Tableau(
@@ -204,24 +210,23 @@ class RungeKutta:
             "accepted": state.tallies["accepted"] + yes,
             "rejected": state.tallies["rejected"] + 1 - yes,
         }
-        return replace(state, tallies=tallies, readings=state.readings | {"steps": state.readings["steps"] + 1})
+        return replace(state, tallies=tallies)
 
     def _moved(self, state: State, w: Tensor, samples: list[Sample], dt: Tensor, log_time: Tensor) -> State:
         """The state after an accepted step; readings by the quadrature of the tableau."""
         weights = self.tableau.stages[-1]
         inner = samples[: len(weights)]
         gained = {name: dt * _combine(weights, [s.rates[name] for s in inner]) for name in samples[0].rates}
-        readings = state.readings | {
+        readings = {
+            "steps": state.readings["steps"] + 1,
             "lam": samples[-1].lam,
-            "arclength": state.readings["arclength"] + gained["arclength"],
-            "relative": state.readings["relative"] + gained["relative"],
             "log_time": log_time,
+            **{name: state.readings[name] + gain for name, gain in gained.items()},
         }
         moved = replace(
             state,
             w=w,
             readings=readings,
-            tallies=state.tallies | {"dissipated": state.tallies["dissipated"] + gained["dissipated"]},
             memory=_memory(samples[-1]),
         )
         return replace(moved, segment=_segment(state, w, samples[0], samples[-1], dt, moved.readings))
@@ -298,131 +303,3 @@ def _segment(
         time_rate0=a.log_time_rate + log_dt,
         time_rate1=b.log_time_rate + log_dt,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# torchdiffeq
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TorchDiffEq:
-    """A solver of torchdiffeq (Chen 2018), one call for each trajectory: an independent check of the flow.
-
-    Its save points must be on the clock that it integrates, and each is the end of a call. Where torchdiffeq gives
-    up (its ``underflow in dt`` assertion), the trajectory stops at its last accepted step with a status.
-    """
-
-    method: str
-    rtol: float
-    atol: float
-
-    def start(self, field: Field, objective: Objective, state: State) -> State:
-        sample = field(objective, state.w)
-        gradients = state.tallies["gradients"] + 1
-        state = replace(
-            state,
-            readings=state.readings | {"lam": sample.lam},
-            tallies=state.tallies | {"gradients": gradients},
-            memory={"log_time_rate": sample.log_time_rate},
-            segment=None,
-        )
-        return state.stopped(sample.dual == 0, Status.STATIONARY)
-
-    def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
-        if until.clock != field.clock:
-            raise ValueError(
-                f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on {until.clock.name}; "
-                f"try clock=flowsim.clocks.{until.clock.name.upper()}"
-            )
-        pending = state.running & (state.readings[until.clock.reading] < until.value)
-        for row in pending.nonzero().flatten().split(1):
-            one = self._solve(field, objective.select(row), state.select(row), until.select(row), budget)
-            state = state.scatter(row, one)
-        return state
-
-    def _solve(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
-        """One call of torchdiffeq from the state's clock to the target's."""
-        from torchdiffeq import odeint
-
-        P = state.w.shape[1]
-        path = _Recorded(field, objective, state.memory["log_time_rate"], size=P, budget=budget)
-        y0 = torch.cat([state.w[0], state.w.new_zeros(len(_EXTRAS))])
-        span = torch.cat([state.readings[field.clock.reading], until.value])
-        if field.clock.reading == "log_time":
-            span = torch.exp(span)
-        options = {"norm": lambda y: y[:P].square().mean().sqrt()}
-        status = Status.RUNNING
-        try:
-            y = odeint(path, y0, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
-            tau = span[1]
-        except _BudgetSpent:
-            tau, y = path.last
-        except AssertionError as error:
-            status = Status.NONFINITE if "non-finite" in str(error) else Status.STEP_TOO_SMALL
-            tau, y = path.last or (span[0], y0)
-        return self._arrived(field, objective, state, path, tau, y).stopped(torch.tensor([True]), status)
-
-    def _arrived(
-        self, field: Field, objective: Objective, state: State, path: "_Recorded", tau: Tensor, y: Tensor
-    ) -> State:
-        w = y[None, : -len(_EXTRAS)]
-        extras = dict(zip(_EXTRAS, y[-len(_EXTRAS) :, None].double(), strict=True))
-        sample = field(objective, w)
-        readings = state.readings | {
-            "steps": state.readings["steps"] + path.attempted,
-            "lam": sample.lam,
-            "arclength": state.readings["arclength"] + extras["arclength"],
-            "relative": state.readings["relative"] + extras["relative"],
-            "log_time": torch.logaddexp(
-                state.readings["log_time"], path.log_time_unit + torch.log(extras["time"].clamp_min(0))
-            ),
-        }
-        shown = torch.log(tau) if field.clock.reading == "log_time" else tau
-        readings[field.clock.reading] = shown[None].double()  # the clock's own, so that it reaches its target
-        tallies = state.tallies | {
-            "gradients": state.tallies["gradients"] + path.calls + 1,
-            "accepted": state.tallies["accepted"] + path.accepted,
-            "rejected": state.tallies["rejected"] + path.attempted - path.accepted,
-            "dissipated": state.tallies["dissipated"] + extras["dissipated"],
-        }
-        return replace(
-            state, w=w, readings=readings, tallies=tallies, memory={"log_time_rate": sample.log_time_rate}
-        )
-
-
-_EXTRAS = ("arclength", "relative", "dissipated", "time")
-
-
-class _BudgetSpent(Exception):
-    pass
-
-
-class _Recorded:
-    """The field as torchdiffeq wants it, with readings as extra components; remembers the last accepted point."""
-
-    def __init__(
-        self, field: Field, objective: Objective, log_time_unit: Tensor, *, size: int, budget: int
-    ) -> None:
-        self.field, self.objective, self.size, self.budget = field, objective, size, budget
-        self.log_time_unit = log_time_unit
-        self.calls = self.attempted = self.accepted = 0
-        self.last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, tau: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        sample = self.field(self.objective, y[None, : self.size])
-        time = torch.exp(sample.log_time_rate - self.log_time_unit)
-        extras = [*(sample.rates[name] for name in _EXTRAS[:-1]), time]
-        return torch.cat([sample.velocity[0], torch.cat(extras).to(y)])
-
-    def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        """Before each attempt, from the point that was last accepted."""
-        if bool(torch.isfinite(y0).all()):
-            self.last = (t0, y0)
-        if self.attempted == self.budget:
-            raise _BudgetSpent
-        self.attempted += 1
-
-    def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.accepted += 1

@@ -26,7 +26,7 @@ class Block:
 
     def of(self, w: Tensor) -> Tensor:
         """The block of flat weights ``(..., P)``, as a view of shape ``(..., *shape)``."""
-        return w[..., self.slice].unflatten(-1, self.shape)
+        return w[..., self.slice].reshape(*w.shape[:-1], *self.shape)
 
 
 Layout: TypeAlias = tuple[Block, ...]

@@ -65,9 +65,8 @@ def software() -> dict[str, Any]:
     }
 
 
-@cache
 def machine() -> dict[str, Any]:
-    """The machine, in words."""
+    """The machine, in words, and the threads that torch uses on it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": f"{platform.system()} {platform.machine()}",
@@ -77,6 +76,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -97,8 +97,6 @@ def _commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # the checkout must be flowsim's own
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowsim.clocks import Clock, Schedule, Target
 from flowsim.problem import Objective
 from flowsim.provenance import describe
-from flowsim.state import CLOCKS, Rule, State, Status
+from flowsim.state import READINGS, Rule, State, Status
 from flowsim.trajectory import Trajectory, save_state
 
 Observer = Callable[[Any, State], Tensor]
 
 _CHUNK = 256  # natural steps between looks at the wall clock, the progress bar and Ctrl-C
 _WEIGHTS_LIMIT = 2**24  # numbers; 128 MiB in float64
-_TAKEN = {*CLOCKS, "weights", "save", "trajectory"}  # the names of what a Trajectory has anyway, also on disk
+_TAKEN = {*READINGS, "weights", "save", "trajectory"}  # the names of what a Trajectory has anyway, also on disk
 
 
 def simulate(
@@ -54,7 +53,7 @@ def simulate(
     problem = problem.like(weights)
     began = wallclock.monotonic()
     state = rule.start(problem, w0)
-    first_step = state.readings["steps"]
+    begun_with = state.attempts
     recorder = _Recorder(problem, until, state, dict(observe or {}))
     last_checkpoint, calls = began, 0
     with _bar(progress, rule, recorder) as bar:
@@ -63,7 +62,7 @@ def simulate(
                 state = recorder.sample(state)
                 bar.update(recorder.progress() - bar.n)
                 # a call takes at least one step, so calls end the loop even where a rule does not count
-                left = max_steps - (state.readings["steps"] - first_step).clamp_min(calls)
+                left = max_steps - (state.attempts - begun_with).clamp_min(calls)
                 state = state.stopped(left <= 0, Status.MAX_STEPS)
                 if not bool(state.running.any()):
                     break
@@ -111,16 +110,18 @@ def _words(until: Schedule) -> str:
     return f"{until.clock.name} {until.stop:g}" + (" (log)" if until.clock.reading == "log_time" else "")
 
 
-def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> tqdm:
+def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> Any:
+    if progress:
+        from tqdm.auto import tqdm  # the notebook's bar where there is one
+    else:
+        from tqdm import tqdm
     return tqdm(total=recorder.total, desc=rule.label, disable=not progress, unit="save", leave=False)
 
 
 class _Recorder:
     """Reads save points off states and keeps them: the one mutable thing in a simulation."""
 
-    def __init__(
-        self, problem: Objective, until: Schedule, state: State, observers: dict[str, Observer]
-    ) -> None:
+    def __init__(self, problem: Objective, until: Schedule, state: State, observers: dict[str, Observer]) -> None:
         self.problem, self.observers = problem, observers
         self.clock: Clock = until.clock
         self.targets = torch.tensor(

@@ -47,13 +47,12 @@ _SENTENCES = {
     Status.PRECISION_FLOOR: "the step no longer changes the weights in this number format",
 }
 
-CLOCKS = ("steps", "lam", "log_time", "arclength", "relative")
+READINGS = ("steps", "lam", "log_time", "arclength", "relative", "dissipated")
 """The readings of every State: natural steps taken, the level Λ, log of flow time t, arclength ∫‖dw‖ and relative
-arclength ∫‖dw‖/‖w‖ in the rule's own norm."""
+arclength ∫‖dw‖/‖w‖ in the rule's own norm, and ∫‖∇Λ‖_* ds, the rise of Λ along an exact steepest flow."""
 
-TALLIES = ("gradients", "accepted", "rejected", "dissipated")
-"""The tallies of every State: gradient evaluations, accepted and rejected steps, and ∫‖∇Λ‖_* ds, which equals the
-rise of Λ along an exact steepest flow."""
+TALLIES = ("gradients", "accepted", "rejected")
+"""The tallies of every State: gradient evaluations, accepted and rejected steps."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class Segment:
     def at(self, u: Float[Tensor, " B"]) -> tuple[Float[Tensor, "B P"], dict[str, Float[Tensor, " B"]]]:
         """Weights and readings inside the step; exact at both ends.
 
-        Weights and Λ by cubic Hermite interpolation, time with log dt/du linear in u, the other readings linear.
+        Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step; time with log dt/du
+        linear in u; the other readings linear.
         """
         part = u.to(self.w0)[:, None]
         inner = _hermite(part, self.w0, self.w1, self.slope0, self.slope1)
@@ -85,6 +85,10 @@ class Segment:
         a, b = self.readings0[name], self.readings1[name]
         if name == "lam":
             inner = _hermite(u, a, b, self.lam_slope0, self.lam_slope1)
+        elif name == "dissipated":
+            # it rises with Λ, and the energy defect, their difference, evenly over the step
+            defect = (b - a) - (self.readings1["lam"] - self.readings0["lam"])
+            inner = a + u * defect + (self.reading("lam", u) - self.readings0["lam"])
         elif name == "log_time":
             inner = self._log_time(u)
         else:
@@ -120,9 +124,9 @@ def _hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
 class State:
     """Where B trajectories are, with all that going on needs. Frozen; every tensor has the trajectory axis first.
 
-    ``w`` weights; ``readings`` of the `CLOCKS`; ``tallies`` by name (`TALLIES` and the rule's own); ``status`` codes
-    of `Status`; ``step_size`` of adaptive rules; ``memory`` of the rule; ``multipliers`` of kinks, None for rules
-    that do not select them; ``segment``, the last natural step, None for rules whose steps are indivisible.
+    ``w`` weights; ``readings`` by name (`READINGS`); ``tallies`` by name (`TALLIES` and the rule's own); ``status``
+    codes of `Status`; ``step_size`` of adaptive rules; ``memory`` of the rule; ``multipliers`` of kinks, None for
+    rules that do not select them; ``segment``, the last natural step, None for rules whose steps are indivisible.
     """
 
     w: Float[Tensor, "B P"]
@@ -137,6 +141,11 @@ class State:
     @property
     def running(self) -> Tensor:
         return self.status == Status.RUNNING
+
+    @property
+    def attempts(self) -> Float[Tensor, " B"]:
+        """Steps tried, accepted or not."""
+        return self.readings["steps"] + self.tallies["rejected"]
 
     @property
     def statuses(self) -> list[Status]:
@@ -210,7 +219,7 @@ def fresh(objective: Objective, w_or_state: Tensor | State) -> State:
     objective.check_weights(w_or_state)
     w = w_or_state.detach().clone()
     zero = torch.zeros(w.shape[0], dtype=torch.float64, device=w.device)
-    readings = {name: zero - torch.inf if name == "log_time" else zero.clone() for name in CLOCKS}
+    readings = {name: zero - torch.inf if name == "log_time" else zero.clone() for name in READINGS}
     tallies = {name: zero.clone() for name in TALLIES}
     return State(w, readings, tallies, status=zero.long(), step_size=torch.full_like(zero, torch.nan), memory={})
 
@@ -229,9 +238,7 @@ class Rule(Protocol):
         """Natural steps for each running trajectory until it has reached ``until``, at most ``budget`` of them."""
 
 
-def march(
-    step: Callable[[Any, State], State], problem: Any, state: State, until: Target, budget: int
-) -> State:
+def march(step: Callable[[Any, State], State], problem: Any, state: State, until: Target, budget: int) -> State:
     """`Rule.advance` for a rule that is one ``step`` of every trajectory at once.
 
     Trajectories leave the batch once they stop or have reached their own target; no step is shortened for it.

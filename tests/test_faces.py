@@ -8,8 +8,10 @@ from test_norms import BLOCKS, CASES, SCALES, Case, assert_close, dot, slack, sp
 from torch import Tensor
 
 from flowsim import faces
+from flowsim.block_norms import Euclidean, Max, Sum
 from flowsim.layout import layout
-from flowsim.norms import L1, L2, Euclidean, Linf, Lp, Max, Nuclear, Schatten, Spectral, Sum
+from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+from flowsim.norms import L1, L2, Linf, Lp
 
 
 @pytest.fixture(params=CASES)

@@ -8,23 +8,10 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from flowsim.block_norms import Euclidean, Max, Sum, modular
 from flowsim.layout import layout
-from flowsim.norms import (
-    L1,
-    L2,
-    Euclidean,
-    Frobenius,
-    Linf,
-    Lp,
-    Mahalanobis,
-    Max,
-    Norm,
-    Nuclear,
-    Schatten,
-    Spectral,
-    Sum,
-    modular,
-)
+from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Mahalanobis, Norm
 
 BLOCKS = layout({"W": (3, 4), "b": (3,), "K": (2, 2, 2)})
 PARTS = {
