@@ -83,8 +83,6 @@ def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> No
 
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 160, highlight=False)
-    directory.mkdir(parents=True, exist_ok=True)
-    experiment.write(directory / "config.toml")
     console.print(
         f"flowsim {__version__}: {experiment.name}, {len(experiment.rules)} runs of {len(experiment.seeds)} seeds"
     )
@@ -96,7 +94,7 @@ def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> No
     if all("margin_l2" in r for r in runs.values()):
         figure = plots.save(plots.overview(runs), directory / "margins", runs)
         console.print("Figure: " + ", ".join(str(path) for path in figure))
-    console.print(f"Runs:   {directory}{'/'}  (load one with flowsim.load)")
+    console.print(f"Runs:   {directory}/  (load one with flowsim.load)")
 
 
 def _print_table(console: "Console", runs: "dict[str, Trajectory]", directory: Path) -> None:

@@ -279,7 +279,7 @@ class Experiment(Part):
         return 1 if self.loss == "squared" else int(y.max()) + 1
 
     def run(self, directory: str | Path | None = None, *, progress: bool = False) -> dict[str, Trajectory]:
-        """Run every rule; with a directory, each run is saved there under its own name as soon as it ends.
+        """Run every rule; with a directory, the configuration and each run, as soon as it ends, are saved there.
 
         ``threads``, where given, is set for the process: small nets run fastest on one.
         After Ctrl-C the interrupted run is kept and the rules after it are left out.
@@ -292,6 +292,9 @@ class Experiment(Part):
         rules = self._rules(problem)
         for rule in rules.values():
             rule.start(problem.like(w), w)  # what a rule refuses is said before anything runs
+        if directory is not None:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self.write(Path(directory) / "config.toml")
         for part, (label, rule) in zip(self.rules, rules.items(), strict=True):
             runs[label] = run = simulate(
                 problem,

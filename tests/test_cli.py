@@ -100,6 +100,7 @@ def test_mistakes_end_in_one_sentence_without_a_traceback(old, new, message, con
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()  # a corrected file runs without --overwrite
 
 
 def test_a_missing_file_and_an_unknown_command_are_usage_errors(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import subprocess
@@ -133,4 +134,14 @@ def test_documentation_builds(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "-b", "html", str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, timeout=600
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL))
+    (tmp_path / "readme.py").write_text(
+        code + "\nassert {s.name for s in run.statuses + more.statuses} == {'DONE'}\n"
+    )
+    settings = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
