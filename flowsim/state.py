@@ -69,15 +69,18 @@ class Segment:
     lam_slope1: Float[Tensor, " B"]
     time_rate0: Float[Tensor, " B"]  # log dt/du
     time_rate1: Float[Tensor, " B"]
+    bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
 
     def at(self, u: Float[Tensor, " B"]) -> tuple[Float[Tensor, "B P"], dict[str, Float[Tensor, " B"]]]:
         """Weights and readings inside the step; exact at both ends.
 
-        Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step; time with log dt/du
-        linear in u; the other readings linear.
+        Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of fifth for weights
+        with a ``bend``); time with log dt/du linear in u; the other readings linear.
         """
         part = u.to(self.w0)[:, None]
         inner = _hermite(part, self.w0, self.w1, self.slope0, self.slope1)
+        if self.bend is not None:
+            inner = inner + 16 * (part * (1 - part)) ** 2 * self.bend
         w = torch.where(part <= 0, self.w0, torch.where(part >= 1, self.w1, inner))
         return w, {name: self.reading(name, u) for name in self.readings0}
 
