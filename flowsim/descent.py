@@ -10,7 +10,7 @@ from torch import Tensor
 from flowsim.clocks import Target, log_mean_exp, log_time_rate
 from flowsim.norms import L1, L2, Linf, Norm
 from flowsim.problem import Objective
-from flowsim.state import Segment, State, Status, fresh, march, tree_map
+from flowsim.state import Segment, State, Status, fresh, march
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,13 @@ def take(objective: Objective, norm: Norm, state: State, step: Step) -> State:
     finite = torch.isfinite(lam) & torch.isfinite(memory["dual"]) & torch.isfinite(memory["size"])
     still = (w == state.w).all(-1)
     if bool((~finite | still).any()):
-        moved = tree_map(lambda new, old: _choose(finite & ~still, new, old), moved, state)
+        moved = moved.where(finite & ~still, state)
         moved = moved.stopped(~finite, Status.NONFINITE).stopped(still, Status.PRECISION_FLOOR)
     return moved.stopped(moved.memory["dual"] == 0, Status.STATIONARY)
 
 
 def _memory(norm: Norm, w: Tensor, h: Tensor) -> dict[str, Tensor]:
     return {"ascent": h, "dual": norm.dual(h).double(), "size": norm.value(w).double()}
-
-
-def _choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowsim.clocks import Clock, Target, log_mean_exp, log_time_rate
 from flowsim.norms import Norm
 from flowsim.problem import Objective
-from flowsim.state import Segment, State, Status, march, tree_map
+from flowsim.state import Segment, State, Status, march
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class RungeKutta:
         accepted = excess <= 1
         tallied = self._tallied(state, accepted)
         moved = self._moved(tallied, w, samples, dt, log_time)
-        chosen = tree_map(lambda new, old: torch.where(_rows(accepted, new), new, old), moved, tallied)
+        chosen = moved.where(accepted, tallied)
         factor = (0.9 * excess.clamp_min(1e-10) ** (-1 / self.tableau.order)).clamp(0.2, 5.0)
         chosen = replace(chosen, step_size=dt * torch.where(accepted, factor, factor.clamp_max(0.9)))
         return self._judged(chosen, first, finite=torch.isfinite(excess))
@@ -280,10 +280,6 @@ class RungeKutta:
 
 def _length(v: Tensor) -> Float[Tensor, " B"]:
     return torch.linalg.vector_norm(v, dim=-1).double()
-
-
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.ndim - 1))
 
 
 def _memory(sample: Sample) -> dict[str, Tensor]:

@@ -162,6 +162,10 @@ class State:
         """This state with ``part`` in the place of these trajectories."""
         return tree_map(lambda whole, new: whole.index_copy(0, rows, new), self, part)
 
+    def where(self, mask: Tensor, other: "State") -> "State":
+        """This state for the trajectories of ``mask``, ``other`` for the rest."""
+        return tree_map(lambda a, b: torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b), self, other)
+
     def stopped(self, where: Tensor, status: Status) -> "State":
         """This state with running trajectories stopped where asked."""
         code = torch.full_like(self.status, int(status))
