@@ -103,10 +103,32 @@ class Reading(ABC):
     def read(self, f: Float[Tensor, "B N C"], y: Tensor) -> tuple[Float[Tensor, "B M"], Callable[[Tensor], Tensor]]:
         """The numbers q and the map from a cotangent of q to the cotangent of f."""
 
+    @abstractmethod
+    def hessian(
+        self, f: Float[Tensor, "B N C"], y: Tensor, slope: Float[Tensor, "B M"], bend: Float[Tensor, "B M"]
+    ) -> Float[Tensor, "B N C C"]:
+        """∂²/∂f² of Σ ℓ(q) for each example, with ``slope`` = |ℓ'(q)| and ``bend`` = ℓ''(q)."""
+
     def margins(self, f: Float[Tensor, "B N C"], y: Tensor) -> Float[Tensor, "B N"]:
         """The classification margin of each example: positive where it is classified correctly."""
         wrong = f.masked_fill(_one_hot(f, y), -torch.inf).amax(-1)
         return _at_label(f, y) - wrong
+
+
+def _roots(blocks: Float[Tensor, "B N C C"]) -> tuple[Tensor, Tensor]:
+    """Symmetric roots of positive semidefinite blocks, and the pseudo-inverses of the roots."""
+    if blocks.shape[-1] == 1:
+        root = blocks.clamp_min(0).sqrt()
+        return root, torch.where(root > 0, 1 / _nonzero(root), 0.0)
+    values, basis = torch.linalg.eigh(blocks)
+    rounding = blocks.shape[-1] * torch.finfo(blocks.dtype).eps * values[..., -1:]
+    roots = torch.where(values > rounding, values, 0.0).sqrt()
+    inverse = torch.where(roots > 0, 1 / _nonzero(roots), 0.0)
+    return (basis * roots[..., None, :]) @ basis.mT, (basis * inverse[..., None, :]) @ basis.mT
+
+
+def _nonzero(a: Tensor) -> Tensor:
+    return torch.where(a == 0, torch.ones_like(a), a)
 
 
 def _one_hot(f: Tensor, y: Tensor) -> Tensor:
@@ -124,6 +146,9 @@ class Signed(Reading):
 
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return self.margins(f, y), lambda c: (c * y)[..., None]
+
+    def hessian(self, f: Tensor, y: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        return bend[..., None, None]
 
     def margins(self, f: Tensor, y: Tensor) -> Tensor:
         return y * f[..., 0]
@@ -145,6 +170,12 @@ class Pairwise(Reading):
 
         return gaps, back
 
+    def hessian(self, f: Tensor, y: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        at_label = _one_hot(f, y)
+        rivals = torch.zeros_like(f).masked_scatter(~at_label, bend)
+        gap = at_label.to(f)[..., None, :] - torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        return (gap * rivals[..., None]).mT @ gap
+
 
 class SoftPairwise(Reading):
     """q = −log Σ_{j≠y} e^{f_j − f_y}, the soft minimum of an example's pairwise gaps."""
@@ -161,6 +192,14 @@ class SoftPairwise(Reading):
 
         return q, back
 
+    def hessian(self, f: Tensor, y: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        at_label = _one_hot(f, y)
+        share = torch.softmax(f.masked_fill(at_label, -torch.inf), -1)
+        to_q = at_label.to(f) - share
+        rivalry = torch.diag_embed(share) - share[..., :, None] * share[..., None, :]
+        along = bend[..., None, None] * to_q[..., :, None] * to_q[..., None, :]
+        return along + slope[..., None, None] * rivalry
+
 
 class Residual(Reading):
     """q = f − y for real targets, all outputs of an example in a row."""
@@ -170,6 +209,9 @@ class Residual(Reading):
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         target = y if y.shape[-2:] == f.shape[-2:] else y[..., None]
         return (f - target).flatten(1), lambda c: c.view_as(f)
+
+    def hessian(self, f: Tensor, y: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        return torch.diag_embed(bend.view_as(f))
 
     def margins(self, f: Tensor, y: Tensor) -> Tensor:
         raise ValueError("a regression loss has no classification margins; try exponential or logistic loss")
@@ -198,6 +240,33 @@ class Loss:
         lam = -torch.logsumexp(self.tail.log_value(q), -1)
         c = torch.exp(self.tail.log_slope(q) + lam[:, None])
         return lam, back(c if self.tail.decreasing else -torch.sign(q) * c)
+
+    def curvature(self, f: Float[Tensor, "B N C"], y: Tensor) -> Float[Tensor, "B NC NC"]:
+        """F with ``F Fᵀ = (∂²𝓛/∂f²)/𝓛 − a (∂Λ/∂f)(∂Λ/∂f)ᵀ``, the largest a that leaves it positive semidefinite.
+
+        For exponential and pairwise exponential loss a = 1 and this is −∂²Λ/∂f², the covariance of the softmax
+        weights. Steepest directions v of one gradient h share ⟨h, v⟩, so that a multiple of hhᵀ never changes
+        which of them is best; taking out all of it removes the stiffness of the common rise.
+        """
+        q, back = self.reading.read(f, y)
+        lam = -torch.logsumexp(self.tail.log_value(q), -1)
+        slope = torch.exp(self.tail.log_slope(q) + lam[:, None])
+        cotangent = back(slope if self.tail.decreasing else -torch.sign(q) * slope)
+        blocks = self.reading.hessian(f, y, slope, self._bend(q, slope, lam))
+        root, inverse = _roots(blocks)
+        # the unit vector whose projection takes out the multiple of the gradient's outer product
+        v = (inverse @ cotangent[..., None]).flatten(1)
+        v = v / _nonzero(torch.linalg.vector_norm(v, dim=-1, keepdim=True))
+        B, N, C = f.shape
+        keep = torch.eye(N * C, dtype=f.dtype, device=f.device) - v[:, :, None] * v[:, None, :]
+        return (root @ keep.view(B, N, C, N * C)).flatten(1, 2)
+
+    def _bend(self, q: Tensor, slope: Tensor, lam: Tensor) -> Tensor:
+        """ℓ''(q)/𝓛, not below 0."""
+        if not self.tail.decreasing:
+            return torch.exp(lam)[:, None].expand_as(q)  # half squares
+        fall = -torch.func.grad(lambda q: self.tail.log_slope(q).sum())(q)
+        return slope * fall.clamp_min(0)
 
     def weights(self, f: Float[Tensor, "B N C"], y: Tensor) -> Float[Tensor, "B M"]:
         """p = |ℓ'(q)| / Σ|ℓ'(q)|: how much each q steers the descent; the softmax weights for exponential loss."""

@@ -40,6 +40,10 @@ class _Singular(Norm):
     def ties(self) -> bool:
         return self.inner.ties
 
+    @property
+    def quadratic(self) -> bool:  # type: ignore[override]
+        return self.inner.quadratic
+
     def bind(self, layout: Layout) -> Self:
         """The norm on the one matrix of ``layout``; kernels with more dimensions become (out, rest)."""
         if len(layout) != 1 or len(layout[0].shape) < 2:

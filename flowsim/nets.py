@@ -49,6 +49,8 @@ class Net(ABC):
     layout: Layout
     degree: float | None
     kinks: bool
+    linear: bool = False
+    """Whether the outputs are linear in the weights."""
 
     @property
     def size(self) -> int:
@@ -151,6 +153,10 @@ class MLP(Net):
     @property
     def kinks(self) -> bool:  # type: ignore[override]
         return self.activation.kinked and len(self.widths) > 2
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        return len(self.widths) == 2
 
     def weights(self, w: Tensor) -> list[Tensor]:
         """The layers' matrices ``(B, n_l, n_{l-1})``, as views of the flat weights."""

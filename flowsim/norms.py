@@ -44,6 +44,12 @@ class Norm(ABC):
     A new norm defines the abstract members and, if it has ties, `_ties_at`.
     """
 
+    quadratic: bool = False
+    """Whether ``||v||^2`` is a quadratic form ``v^T A v``, so that ``dual(g) steepest(g) = A^-1 g`` is linear."""
+
+    polyhedral: bool = False
+    """Whether the unit ball is a polytope."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -118,6 +124,7 @@ class L1(Norm):
     name = "l1"
     symbol = r"$\ell_1$"
     ties = True
+    polyhedral = True
 
     def value(self, v: Tensor) -> Tensor:
         return v.abs().sum(-1)
@@ -148,6 +155,7 @@ class Linf(Norm):
     name = "linf"
     symbol = r"$\ell_\infty$"
     ties = True
+    polyhedral = True
 
     def value(self, v: Tensor) -> Tensor:
         return v.abs().amax(-1)
@@ -173,6 +181,7 @@ class L2(Norm):
     name = "l2"
     symbol = r"$\ell_2$"
     ties = False
+    quadratic = True
 
     def value(self, v: Tensor) -> Tensor:
         u, size = scaled(v)
@@ -223,6 +232,10 @@ class Lp(Norm):
         return False
 
     @property
+    def quadratic(self) -> bool:  # type: ignore[override]
+        return self.p == 2
+
+    @property
     def q(self) -> float:
         """The dual exponent p/(p-1)."""
         return self.p / (self.p - 1)
@@ -262,6 +275,7 @@ class Mahalanobis(Norm):
     name = "mahalanobis"
     symbol = r"$\|\cdot\|_A$"
     ties = False
+    quadratic = True
 
     def __post_init__(self) -> None:
         eigenvalues, basis = _spectrum(self.matrix)

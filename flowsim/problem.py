@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -39,6 +40,10 @@ class Objective(Protocol):
         """Whether the gradient jumps somewhere."""
 
     @property
+    def convex(self) -> bool:
+        """Whether the loss is a convex function of the weights: a linear model, or a quadratic."""
+
+    @property
     def logarithmic(self) -> bool:
         """Whether the level is the logarithm of one over a loss."""
 
@@ -46,7 +51,10 @@ class Objective(Protocol):
         """The level."""
 
     def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
-        """The level and its gradient; at a kink, the element that autograd returns."""
+        """The level and its gradient h; at a kink, the element that autograd returns."""
+
+    def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B R P"]:
+        """C with CᵀC = −∇²(level) up to a multiple of hhᵀ, and without the curvature of a net's outputs."""
 
     def check_weights(self, w: Tensor) -> None:
         """Raise where ``w`` cannot be weights of this objective."""
@@ -109,6 +117,10 @@ class Problem:
         return self.net.kinks
 
     @property
+    def convex(self) -> bool:
+        return self.net.linear
+
+    @property
     def logarithmic(self) -> bool:
         return True
 
@@ -130,6 +142,11 @@ class Problem:
         outputs, pull = self.net.linearize(w, self.x)
         lam, cotangent = self.loss.ascent(outputs, self.y)
         return lam, pull(cotangent)
+
+    def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B NC P"]:
+        """FᵀJ, with J the Jacobian of the outputs and F the root of the loss's curvature (`Loss.curvature`)."""
+        jacobian = self.net.jacobian(w, self.x).flatten(1, 2)
+        return self.loss.curvature(self.outputs(w), self.y).mT @ jacobian
 
     def margins(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B N"]:
         """The margin of each example, y f(x) or f_y − max of the others: positive where it is classified right."""
@@ -306,6 +323,7 @@ class Quadratic:
 
     degree: float = 1.0
     kinks: bool = False
+    convex: bool = True
     logarithmic: bool = False
 
     def __post_init__(self) -> None:
@@ -340,6 +358,14 @@ class Quadratic:
         r = w - self.minimiser
         h = -(r @ self.matrix)
         return 0.5 * (h * r).sum(-1), h
+
+    def curvature(self, w: Tensor) -> Tensor:
+        return self._root.to(w).expand(w.shape[0], -1, -1)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        values, basis = torch.linalg.eigh(self.matrix)
+        return (basis * values.clamp_min(0).sqrt()) @ basis.mT
 
     def check_weights(self, w: Tensor) -> None:
         _check_weights(w, self.size)
