@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.clocks import Clock, Target, log_mean_exp, log_time_rate
+from flowsim.clocks import Clock, Target, log_elapsed, log_mean_exp, log_time_rate
 from flowsim.norms import Norm
 from flowsim.problem import Objective
 from flowsim.state import Segment, State, Status, march
@@ -41,7 +41,12 @@ class Field:
     clock: Clock
 
     def __call__(self, objective: Objective, w: Float[Tensor, "B P"]) -> Sample:
+        """The field where ∇Λ is one vector and the norm has one steepest direction."""
         lam, h = objective.ascent(w)
+        return self.sample(objective, w, lam, h, self.norm.steepest(h))
+
+    def sample(self, objective: Objective, w: Tensor, lam: Tensor, h: Tensor, u: Tensor) -> Sample:
+        """The field with the element h of ∇Λ and the unit steepest direction u that have been selected."""
         dual, size = self.norm.dual(h).double(), self.norm.value(w).double()
         lam = lam.double()
         assert self.clock.speed is not None
@@ -52,7 +57,7 @@ class Field:
             "relative": torch.where(size > 0, speed / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0),
             "dissipated": speed * dual,
         }
-        velocity = speed.to(w)[:, None] * self.norm.steepest(h)
+        velocity = speed.to(w)[:, None] * u
         return Sample(velocity, lam, h, dual, rates, log_time_rate(objective, lam, dual) + torch.log(speed))
 
 
@@ -179,8 +184,8 @@ class RungeKutta:
             step_size=size,
             readings=state.readings | {"lam": sample.lam},
             tallies=state.tallies | {"gradients": state.tallies["gradients"] + count},
-            memory=_memory(sample),
-            segment=_segment(state, state.w, sample, sample, torch.zeros_like(size)),
+            memory=remember(sample),
+            segment=segment(objective, state, state.w, sample, sample, torch.zeros_like(size)),
         )
         return state.stopped(sample.dual == 0, Status.STATIONARY)
 
@@ -189,7 +194,7 @@ class RungeKutta:
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""
-        first, dt = _recall(state), state.step_size
+        first, dt = recall(state), state.step_size
         w, error, samples = runge_kutta(self.tableau, lambda w: field(objective, w), state.w, first, dt)
         elapsed, doubt = self._elapsed(samples, dt)
         log_time = torch.logaddexp(state.readings["log_time"], elapsed)
@@ -198,7 +203,7 @@ class RungeKutta:
         excess = torch.maximum(excess, torch.where(torch.isfinite(late), late, 0.0))
         accepted = excess <= 1
         tallied = self._tallied(state, accepted)
-        moved = self._moved(tallied, w, samples, dt, log_time)
+        moved = self._moved(objective, tallied, w, samples, dt, log_time)
         chosen = moved.where(accepted, tallied)
         factor = (0.9 * excess.clamp_min(1e-10) ** (-1 / self.tableau.order)).clamp(0.2, 5.0)
         chosen = replace(chosen, step_size=dt * torch.where(accepted, factor, factor.clamp_max(0.9)))
@@ -222,7 +227,9 @@ class RungeKutta:
         }
         return replace(state, tallies=tallies)
 
-    def _moved(self, state: State, w: Tensor, samples: list[Sample], dt: Tensor, log_time: Tensor) -> State:
+    def _moved(
+        self, objective: Objective, state: State, w: Tensor, samples: list[Sample], dt: Tensor, log_time: Tensor
+    ) -> State:
         """The state after an accepted step; readings by the quadrature of the tableau."""
         weights = self.tableau.stages[-1]
         inner = samples[: len(weights)]
@@ -237,10 +244,10 @@ class RungeKutta:
             state,
             w=w,
             readings=readings,
-            memory=_memory(samples[-1]),
+            memory=remember(samples[-1]),
         )
-        segment = _segment(state, w, samples[0], samples[-1], dt, moved.readings)
-        return replace(moved, segment=replace(segment, bend=self._bend(state, w, samples, dt)))
+        step = segment(objective, state, w, samples[0], samples[-1], dt, moved.readings)
+        return replace(moved, segment=replace(step, bend=self._bend(state, w, samples, dt)))
 
     def _bend(self, state: State, w: Tensor, samples: list[Sample], dt: Tensor) -> Tensor:
         """The tableau's solution at half the step, less the cubic's there."""
@@ -282,7 +289,8 @@ def _length(v: Tensor) -> Float[Tensor, " B"]:
     return torch.linalg.vector_norm(v, dim=-1).double()
 
 
-def _memory(sample: Sample) -> dict[str, Tensor]:
+def remember(sample: Sample) -> dict[str, Tensor]:
+    """A sample as the memory of a state whose level it shares."""
     rates = {f"rate_{name}": rate for name, rate in sample.rates.items()}
     return {
         "velocity": sample.velocity,
@@ -293,29 +301,56 @@ def _memory(sample: Sample) -> dict[str, Tensor]:
     }
 
 
-def _recall(state: State) -> Sample:
+def recall(state: State) -> Sample:
+    """The inverse of `remember`."""
     m = state.memory
     rates = {name.removeprefix("rate_"): value for name, value in m.items() if name.startswith("rate_")}
     return Sample(m["velocity"], state.readings["lam"], m["ascent"], m["dual"], rates, m["log_time_rate"])
 
 
-def _segment(
-    state: State, w: Tensor, a: Sample, b: Sample, dt: Tensor, readings: dict[str, Tensor] | None = None
+def segment(
+    objective: Objective,
+    state: State,
+    w: Tensor,
+    a: Sample,
+    b: Sample,
+    dt: Tensor,
+    readings: dict[str, Tensor] | None = None,
 ) -> Segment:
-    """The step from ``state`` to ``w`` with readings there (by default a step of no length)."""
+    """The step of ``dt`` units of the clock from ``state`` to ``w``, with the field at both ends and the readings at
+    the end (by default a step of no length)."""
     h = dt.to(w)[:, None]
     log_dt = torch.log(dt)
     here = state.readings | {"lam": a.lam}
+    end = readings or here
+    lam_slopes = [dt * a.rates["dissipated"], dt * b.rates["dissipated"]]
+    rates = [a.log_time_rate + log_dt, b.log_time_rate + log_dt]
+    # of log dt/dτ the level is known with its derivative; the rest is taken as linear
+    turn = rates[1] - rates[0]
+    known = end["lam"] - here["lam"] if objective.logarithmic else torch.zeros_like(turn)
+    bent = lam_slopes if objective.logarithmic else [torch.zeros_like(turn)] * 2
     return Segment(
         w0=state.w,
         w1=w,
         slope0=h * a.velocity,
         slope1=h * b.velocity,
         readings0=here,
-        readings1=readings or here,
-        lam_slope0=dt * a.rates["dissipated"],
-        lam_slope1=dt * b.rates["dissipated"],
-        time_rate0=a.log_time_rate + log_dt,
-        time_rate1=b.log_time_rate + log_dt,
+        readings1=end,
+        lam_slope0=lam_slopes[0],
+        lam_slope1=lam_slopes[1],
+        time_rate0=rates[0],
+        time_rate1=rates[1],
+        time_slope0=bent[0] + turn - known,
+        time_slope1=bent[1] + turn - known,
         bend=torch.zeros_like(w),
     )
+
+
+def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> Float[Tensor, " B"]:
+    """log of the flow time that a step of ``dt`` units of the clock takes, from the field at both ends."""
+    turn = b.log_time_rate - a.log_time_rate
+    slopes = [turn, turn]
+    if objective.logarithmic:
+        rest = turn - (b.lam - a.lam)
+        slopes = [dt * s.rates["dissipated"] + rest for s in (a, b)]
+    return torch.log(dt) + log_elapsed(a.log_time_rate, b.log_time_rate, *slopes)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowsim.clocks import Target, log_mean_exp
+from flowsim.clocks import Target, hermite, log_elapsed
 from flowsim.problem import Objective
 
 
@@ -69,16 +69,18 @@ class Segment:
     lam_slope1: Float[Tensor, " B"]
     time_rate0: Float[Tensor, " B"]  # log dt/du
     time_rate1: Float[Tensor, " B"]
+    time_slope0: Float[Tensor, " B"] | None = None  # its derivative in u; None: linear
+    time_slope1: Float[Tensor, " B"] | None = None
     bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
 
     def at(self, u: Float[Tensor, " B"]) -> tuple[Float[Tensor, "B P"], dict[str, Float[Tensor, " B"]]]:
         """Weights and readings inside the step; exact at both ends.
 
         Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of fifth for weights
-        with a ``bend``); time with log dt/du linear in u; the other readings linear.
+        with a ``bend``); time with log dt/du the cubic of its ends; the other readings linear.
         """
         part = u.to(self.w0)[:, None]
-        inner = _hermite(part, self.w0, self.w1, self.slope0, self.slope1)
+        inner = hermite(part, self.w0, self.w1, self.slope0, self.slope1)
         if self.bend is not None:
             inner = inner + 16 * (part * (1 - part)) ** 2 * self.bend
         w = torch.where(part <= 0, self.w0, torch.where(part >= 1, self.w1, inner))
@@ -87,7 +89,7 @@ class Segment:
     def reading(self, name: str, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         a, b = self.readings0[name], self.readings1[name]
         if name == "lam":
-            inner = _hermite(u, a, b, self.lam_slope0, self.lam_slope1)
+            inner = hermite(u, a, b, self.lam_slope0, self.lam_slope1)
         elif name == "dissipated":
             # it rises with Λ, and the energy defect, their difference, evenly over the step
             defect = (b - a) - (self.readings1["lam"] - self.readings0["lam"])
@@ -101,9 +103,11 @@ class Segment:
     def _log_time(self, u: Tensor) -> Tensor:
         """log t, with the time spent in the step scaled to end at the recorded reading."""
         a, b = self.readings0["log_time"], self.readings1["log_time"]
-        inner_rate = self.time_rate0 + u * (self.time_rate1 - self.time_rate0)
-        part = torch.log(u) + log_mean_exp(self.time_rate0, inner_rate)
-        whole = log_mean_exp(self.time_rate0, self.time_rate1)
+        gap = self.time_rate1 - self.time_rate0
+        slope0 = gap if self.time_slope0 is None else self.time_slope0
+        slope1 = gap if self.time_slope1 is None else self.time_slope1
+        part = log_elapsed(self.time_rate0, self.time_rate1, slope0, slope1, u)
+        whole = log_elapsed(self.time_rate0, self.time_rate1, slope0, slope1)
         step = b + torch.log(-torch.expm1(torch.minimum(a - b, torch.zeros_like(a))))  # log(t1 − t0)
         return torch.logaddexp(a, part - whole + step)
 
@@ -116,11 +120,6 @@ class Segment:
             reached = self.reading(name, middle) >= target.value
             low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
         return torch.where(self.readings0[name] >= target.value, torch.zeros_like(high), high)
-
-
-def _hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
-    gap = b - a
-    return a + u * (da + u * ((3 * gap - 2 * da - db) + u * (da + db - 2 * gap)))
 
 
 @dataclass(frozen=True)
