@@ -325,10 +325,7 @@ def segment(
     end = readings or here
     lam_slopes = [dt * a.rates["dissipated"], dt * b.rates["dissipated"]]
     rates = [a.log_time_rate + log_dt, b.log_time_rate + log_dt]
-    # of log dt/dτ the level is known with its derivative; the rest is taken as linear
-    turn = rates[1] - rates[0]
-    known = end["lam"] - here["lam"] if objective.logarithmic else torch.zeros_like(turn)
-    bent = lam_slopes if objective.logarithmic else [torch.zeros_like(turn)] * 2
+    time_slopes = _log_rate_slopes(objective, a, b, dt)
     return Segment(
         w0=state.w,
         w1=w,
@@ -340,17 +337,27 @@ def segment(
         lam_slope1=lam_slopes[1],
         time_rate0=rates[0],
         time_rate1=rates[1],
-        time_slope0=bent[0] + turn - known,
-        time_slope1=bent[1] + turn - known,
+        time_slope0=time_slopes[0],
+        time_slope1=time_slopes[1],
         bend=torch.zeros_like(w),
     )
 
 
 def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> Float[Tensor, " B"]:
     """log of the flow time that a step of ``dt`` units of the clock takes, from the field at both ends."""
-    turn = b.log_time_rate - a.log_time_rate
-    slopes = [turn, turn]
-    if objective.logarithmic:
-        rest = turn - (b.lam - a.lam)
-        slopes = [dt * s.rates["dissipated"] + rest for s in (a, b)]
+    slopes = _log_rate_slopes(objective, a, b, dt)
     return torch.log(dt) + log_elapsed(a.log_time_rate, b.log_time_rate, *slopes)
+
+
+def _log_rate_slopes(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of log dt/dτ over the step, at both ends.
+
+    It holds the level, whose derivative is known, and otherwise is taken as linear. On a clock of time it is constant.
+    """
+    turn = b.log_time_rate - a.log_time_rate
+    if not objective.logarithmic:
+        return turn, turn
+    rest = turn - (b.lam - a.lam)
+    constant = turn.abs() <= 1e-12 * (1 + a.lam.abs())
+    start, end = (torch.where(constant, 0.0, dt * s.rates["dissipated"] + rest) for s in (a, b))
+    return start, end
