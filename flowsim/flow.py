@@ -65,6 +65,8 @@ class SteepestFlow:
         return self.method.solver(self.rtol, self.atol)
 
     def _require_smooth(self, problem: Objective) -> None:
+        if getattr(self.method, "ties", False):
+            return
         instead = f"try flowsim.SmallStep(flowsim.{self.norm!r}) for the small-step path"
         if problem.kinks:
             raise ValueError(

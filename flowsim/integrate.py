@@ -352,7 +352,8 @@ def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> Fl
 def _log_rate_slopes(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives of log dt/dτ over the step, at both ends.
 
-    It holds the level, whose derivative is known, and otherwise is taken as linear. On a clock of time it is constant.
+    It holds the level, whose derivative is known, and otherwise is taken as linear. On a clock of time
+    it is constant.
     """
     turn = b.log_time_rate - a.log_time_rate
     if not objective.logarithmic:
