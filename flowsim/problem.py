@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.kinks import Hinges, TwoLayer
 from flowsim.layout import Layout, layout
 from flowsim.losses import Loss
-from flowsim.nets import Net
+from flowsim.nets import MLP, Net
 
 
 class Objective(Protocol):
@@ -52,6 +53,9 @@ class Objective(Protocol):
 
     def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
         """The level and its gradient h; at a kink, the element that autograd returns."""
+
+    def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:
+        """The kinks of the level at these weights; called only where ``kinks`` is true."""
 
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B R P"]:
         """C with CᵀC = −∇²(level) up to a multiple of hhᵀ, and without the curvature of a net's outputs."""
@@ -142,6 +146,28 @@ class Problem:
         outputs, pull = self.net.linearize(w, self.x)
         lam, cotangent = self.loss.ascent(outputs, self.y)
         return lam, pull(cotangent)
+
+    def two_layer(self, trajectories: int) -> TwoLayer:
+        """The kinks of a two-layer net on these data. Raises for other nets."""
+        net = self.net
+        if not (isinstance(net, MLP) and net.kinks and len(net.widths) == 3):
+            raise ValueError(
+                "the true flow across kinks is known for two-layer MLPs with relu or leaky_relu; got "
+                f"{type(net).__name__}, try flowsim.MLP([inputs, width, outputs]), a smooth activation such as "
+                "flowsim.squared_relu, or flowsim.SmallStep for the small-step path"
+            )
+        if self._kinks.x.shape[0] == 1:
+            return self._kinks.expanded(trajectories)
+        return self._kinks
+
+    @cached_property
+    def _kinks(self) -> TwoLayer:
+        assert isinstance(self.net, MLP)
+        x = self.x if self.x.ndim == 3 else self.x[None]
+        return TwoLayer.of(x, self.y, self.loss, self.net.activation, self.net.widths[1])
+
+    def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:
+        return self.two_layer(w.shape[0]).at(w).hinges()
 
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B NC P"]:
         """FᵀJ, with J the Jacobian of the outputs and F the root of the loss's curvature (`Loss.curvature`)."""
@@ -358,6 +384,9 @@ class Quadratic:
         r = w - self.minimiser
         h = -(r @ self.matrix)
         return 0.5 * (h * r).sum(-1), h
+
+    def hinges(self, w: Tensor) -> Hinges:
+        raise ValueError("a quadratic has no kinks")
 
     def curvature(self, w: Tensor) -> Tensor:
         return self._root.to(w).expand(w.shape[0], -1, -1)

@@ -43,7 +43,7 @@ class Tape:
     slopes: tuple[Tensor, ...]
 
 
-def _bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
+def bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
     """Batched product whose every entry is rounded alike in any batch.
 
     BLAS gives a single product with one row or column to its matrix-vector routine, which adds up in another order
@@ -59,33 +59,33 @@ def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Float[
     a = x.expand(weights[0].shape[0], *x.shape[-2:])
     inputs, slopes = [a], []
     for W in weights[:-1]:
-        z = _bmm(a, W.mT)
+        z = bmm(a, W.mT)
         a = activation.value(z)
         inputs.append(a)
         slopes.append(activation.slope(z))
-    return _bmm(a, weights[-1].mT), Tape(weights, tuple(inputs), tuple(slopes))
+    return bmm(a, weights[-1].mT), Tape(weights, tuple(inputs), tuple(slopes))
 
 
 def _backward(tape: Tape, c: Tensor) -> list[Tensor]:
     """Sensitivities δ_l = ∂⟨c, f⟩/∂z_l, each ``(B, N, n_l)``, first layer first."""
     deltas = [c]
     for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        deltas.append(_bmm(deltas[-1], W) * slope)
+        deltas.append(bmm(deltas[-1], W) * slope)
     return deltas[::-1]
 
 
 def pullback(tape: Tape, c: Float[Tensor, "B N C"]) -> list[Tensor]:
     """Jᵀc: the gradient of ⟨c, f⟩ in each layer's weight."""
-    return [_bmm(delta.mT, a) for delta, a in zip(_backward(tape, c), tape.inputs, strict=True)]
+    return [bmm(delta.mT, a) for delta, a in zip(_backward(tape, c), tape.inputs, strict=True)]
 
 
 def pushforward(tape: Tape, tangents: Weights) -> Float[Tensor, "B N C"]:
     """Jv: the derivative of the outputs along one direction in weight space."""
     da: Tensor | None = None
     for l, (W, V, a) in enumerate(zip(tape.weights, tangents, tape.inputs, strict=True)):
-        dz = _bmm(a, V.mT)
+        dz = bmm(a, V.mT)
         if da is not None:
-            dz = dz + _bmm(da, W.mT)
+            dz = dz + bmm(da, W.mT)
         da = dz * tape.slopes[l] if l < len(tape.slopes) else dz
     assert da is not None  # a net has at least one layer
     return da
@@ -99,7 +99,7 @@ def sensitivities(tape: Tape) -> list[Float[Tensor, "B N C n"]]:
     delta = torch.eye(C, dtype=W.dtype, device=W.device).expand(B, N, C, C)
     deltas = [delta]
     for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        delta = _bmm(delta.flatten(1, 2), W).unflatten(1, (N, C)) * slope[:, :, None, :]
+        delta = bmm(delta.flatten(1, 2), W).unflatten(1, (N, C)) * slope[:, :, None, :]
         deltas.append(delta)
     return deltas[::-1]
 
@@ -109,14 +109,15 @@ def jacobian(tape: Tape) -> list[Float[Tensor, "B N C n m"]]:
     return [d[..., :, None] * a[:, :, None, None, :] for d, a in zip(sensitivities(tape), tape.inputs, strict=True)]
 
 
-def gram(tape: Tape) -> Float[Tensor, "B NC NC"]:
-    """JJᵀ, the neural tangent kernel, without forming J: Σ_l (δ_l δ_lᵀ) ∘ (a_{l-1} a_{l-1}ᵀ)."""
+def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B NC NC"]:
+    """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1} a_{l-1}ᵀ), s_l = 1 or given."""
     total: Tensor | None = None
-    for delta, a in zip(sensitivities(tape), tape.inputs, strict=True):
+    scales = scales or [1.0] * len(tape.inputs)
+    for delta, a, scale in zip(sensitivities(tape), tape.inputs, scales, strict=True):
         C = delta.shape[2]
         left = delta.flatten(1, 2)
-        right = _bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
-        part = _bmm(left, left.mT) * right
+        right = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
+        part = scale * bmm(left, left.mT) * right
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -129,6 +130,6 @@ def neuron_grams(tape: Tape, layer: int) -> Float[Tensor, "B n NC NC"]:
     """
     delta, a = sensitivities(tape)[layer], tape.inputs[layer]
     C = delta.shape[2]
-    right = _bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
+    right = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
     rows = delta.flatten(1, 2).mT
     return rows[:, :, :, None] * rows[:, :, None, :] * right[:, None]
