@@ -1,0 +1,413 @@
+r"""Dual norms made smooth, for interior point methods on the unit ball of any norm.
+
+    N_μ(g) = max { <g, v> + μ b(v) : ‖v‖ < 1 }
+
+tends to ``‖g‖_*`` as μ → 0. Its gradient is a point strictly inside the ball, its Hessian is explicit, and ``b`` is
+
+    l-infinity, spectral    Σ log(1 − v²), up to a constant
+    l1, nuclear             Σ log v⁺ + Σ log v⁻ + log(1 − Σ v⁺ − Σ v⁻),  v = v⁺ − v⁻
+    lp, Schatten, quadratic not a barrier: N_μ is the norm of g with a further μ for each coordinate
+    Sum over blocks         as l1, on the norms of the blocks
+
+Matrix norms are the same functions of singular values, with divided differences for the Hessian (Lewis and Sendov
+2001). All is for one g ``(P,)``, without a batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim import faces
+from flowsim.block_norms import Euclidean, Max, Sum
+from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+from flowsim.norms import L1, Linf, Lp, Norm
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """N_μ at one g: its value, its gradient, and its Hessian as a map of rows ``(k, P)``."""
+
+    value: Float[Tensor, ""]
+    gradient: Float[Tensor, " P"]
+    hessian: Callable[[Float[Tensor, "k P"]], Float[Tensor, "k P"]]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A symmetric function of numbers s: value, gradient ``slope``, Hessian diag(bend) + twist·along alongᵀ."""
+
+    value: Tensor
+    slope: Tensor
+    bend: Tensor
+    twist: Tensor
+    along: Tensor
+
+
+def supported(norm: Norm) -> bool:
+    """Whether `smoothed` knows the norm."""
+    if isinstance(norm, Max | Sum | Euclidean):
+        return all(supported(part) for part in norm._norms())
+    return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
+
+
+def smoothed(norm: Norm, g: Float[Tensor, " P"], mu: float) -> Smoothed:
+    """N_μ of the dual of ``norm`` (bound to its layout) at g, for μ > 0."""
+    if isinstance(norm, Max | Sum | Euclidean):
+        return _blocks(norm, g, mu)
+    if norm.quadratic:
+        return _quadratic(norm, g, mu)
+    if isinstance(norm, Spectral | Nuclear | Schatten):
+        return _singular(norm, g, mu)
+    curve = _curve(norm, g, mu)
+
+    def hessian(rows: Tensor) -> Tensor:
+        return rows * curve.bend + curve.twist * (rows @ curve.along)[:, None] * curve.along
+
+    return Smoothed(curve.value, curve.slope, hessian)
+
+
+def _quadratic(norm: Norm, g: Tensor, mu: float) -> Smoothed:
+    """√(gᵀA⁻¹g + μ²); A⁻¹g = ‖g‖_* times the steepest direction is linear in g."""
+
+    def inverse(rows: Tensor) -> Tensor:
+        return norm.dual(rows)[..., None] * norm.steepest(rows)
+
+    value = torch.hypot(norm.dual(g), g.new_tensor(mu))
+    v = inverse(g) / value
+    return Smoothed(value, v, lambda rows: (inverse(rows) - (rows @ v)[:, None] * v) / value)
+
+
+def _curve(norm: Norm, s: Tensor, mu: float) -> _Curve:
+    if isinstance(norm, Linf):
+        return _box(s, mu)
+    if isinstance(norm, L1):
+        return _cross(s, mu)
+    assert isinstance(norm, Lp)
+    return _power(s, mu, norm.q)
+
+
+def _box(s: Tensor, mu: float) -> _Curve:
+    """Σ R − μ + μ log(2μ/(μ + R)), R = √(s² + μ²)."""
+    r = torch.hypot(s, torch.full_like(s, mu))
+    value = (r - mu - mu * torch.log((mu + r) / (2 * mu))).sum()
+    return _Curve(value, s / (mu + r), mu / (r * (mu + r)), s.new_zeros(()), torch.zeros_like(s))
+
+
+def _cross(s: Tensor, mu: float) -> _Curve:
+    """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
+    size = s.abs()
+    top = size.amax()
+    # in terms of τ − max |s|, which would be lost by rounding in τ
+    excess = _multiplier(torch.cat([top - size, top + size, top[None]]), mu)
+    near, far, tau = excess + (top - size), excess + (top + size), excess + top
+    value = tau - mu * (torch.log(near) + torch.log(far)).sum() - mu * torch.log(tau)
+    slope = mu * torch.sign(s) * (1 / near - 1 / far)
+    bend = mu * (1 / near**2 + 1 / far**2)
+    along = mu * torch.sign(s) * (1 / far**2 - 1 / near**2)
+    return _Curve(value, slope, bend, -1 / (bend.sum() + mu / tau**2), along)
+
+
+def _multiplier(gaps: Tensor, mu: float) -> Tensor:
+    """The e > 0 with Σ μ/(e + gap) = 1, where the least gap is 0.
+
+    Newton's method on the harmonic mean, which is concave and rises, so that it climbs to the root from the left.
+    """
+    e = gaps.new_tensor(mu)
+    for _ in range(50):
+        inverse = 1 / (e + gaps)
+        total = inverse.sum()
+        step = (mu * total - 1) * total / (inverse**2).sum()
+        e = e + step
+        if not float(step) > 1e-15 * float(e):
+            break
+    return e
+
+
+def _power(s: Tensor, mu: float, q: float) -> _Curve:
+    """(Σ y^q)^(1/q), y = √(s² + μ²)."""
+    y = torch.hypot(s, torch.full_like(s, mu))
+    top = y.amax()
+    value = top * ((y / top) ** q).sum() ** (1 / q)
+    weight = (y / value) ** (q - 2) / value
+    slope = weight * s
+    bend = weight * (1 + (q - 2) * (s / y) ** 2)
+    return _Curve(value, slope, bend, (1 - q) / value, slope)
+
+
+def _singular(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
+    assert norm.shape is not None
+    u, s, v = faces.singular(g.view(norm.shape))
+    curve = _curve(norm.inner, s, mu)
+    f, small = curve.slope, torch.hypot(s, torch.full_like(s, mu))
+    rows, columns = f[:, None], f[None, :]
+    gap, total = s[:, None] - s[None, :], s[:, None] + s[None, :]
+    # rounding in the difference quotients costs speed and no accuracy, as the Hessian only steers
+    close = gap.abs() < 1e-4 * (small[:, None] + small[None, :])
+    even = torch.where(close, (curve.bend[:, None] + curve.bend) / 2, (rows - columns) / torch.where(close, 1.0, gap))
+    tiny = torch.finfo(s.dtype).tiny
+    odd = torch.where(total > tiny, (rows + columns) / total.clamp_min(tiny), curve.bend)
+    edge = torch.where(s > tiny, f / s.clamp_min(tiny), curve.bend)
+
+    def hessian(rows: Tensor) -> Tensor:
+        e = rows.unflatten(-1, norm.shape)
+        right, left = e @ v, u.mT @ e
+        core = u.mT @ right
+        inner = even * (core + core.mT) / 2 + odd * (core - core.mT) / 2
+        turn = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
+        inner = inner + torch.diag_embed(turn[:, None] * curve.along)
+        # one of the two complements is empty
+        out = (u @ inner + (right - u @ core) * edge) @ v.mT + u @ (edge[:, None] * (left - core @ v.mT))
+        return out.flatten(-2)
+
+    return Smoothed(curve.value, ((u * f) @ v.mT).flatten(), hessian)
+
+
+def _blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
+    """φ(c_l N_l(g_l)) with the function φ that composes the dual norms, made smooth as well."""
+    parts = norm._each(g)
+    inner = [smoothed(part.norm, part.of(g), mu) for part in parts]
+    scale = g.new_tensor([part.scale for part in parts])
+    value, slope, bend = _composed(norm, scale * torch.stack([s.value for s in inner]), mu)
+    gradients = [c * s.gradient for c, s in zip(scale, inner, strict=True)]
+
+    def hessian(rows: Tensor) -> Tensor:
+        along = torch.stack([part.of(rows) @ v for part, v in zip(parts, gradients, strict=True)], -1) @ bend
+        return torch.cat(
+            [
+                slope[i] * scale[i] * s.hessian(parts[i].of(rows)) + along[:, i, None] * gradients[i]
+                for i, s in enumerate(inner)
+            ],
+            -1,
+        )
+
+    return Smoothed(value, torch.cat([a * v for a, v in zip(slope, gradients, strict=True)]), hessian)
+
+
+def _composed(norm: Norm, x: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient and Hessian of the smooth sum, maximum or length of x ``(L,)``; each rises in every x."""
+    if isinstance(norm, Max):
+        return x.sum(), torch.ones_like(x), torch.zeros(len(x), len(x)).to(x)
+    if isinstance(norm, Euclidean):
+        length = torch.hypot(torch.linalg.vector_norm(x), x.new_tensor(mu))
+        slope = x / length
+        return length, slope, (torch.eye(len(x)).to(x) - torch.outer(slope, slope)) / length
+    # min over τ of τ − μ Σ log(τ − x)
+    gaps = x.amax() - x
+    excess = _multiplier(gaps, mu)
+    slope = mu / (excess + gaps)
+    bend = slope**2 / mu
+    value = x.amax() + excess - mu * torch.log(excess + gaps).sum()
+    return value, slope, torch.diag(bend) - torch.outer(bend, bend) / bend.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Convex functions of few linear forms, minimised over the unit ball
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Outer(Protocol):
+    """A convex f of z = b + Av, by its conjugate: min f(b + Av) over the ball is max −(⟨p, b⟩ + f*(−p) + ‖Aᵀp‖_*).
+
+    ``mu`` adds a barrier to f*(−p) where its domain has a boundary.
+    """
+
+    simplex: bool
+    """Whether Σp = 1."""
+
+    def begin(self, b: Tensor) -> Tensor:
+        """Some p inside the domain."""
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        """p moved off the boundary by about μ."""
+
+    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+        """f*(−p) with its gradient and the diagonal of its Hessian."""
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        """f(z) + f*(−p) + ⟨p, z⟩ ≥ 0, free of cancellation."""
+
+    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
+        """Curves that leave p in the direction d, and how far each may be followed."""
+
+
+@dataclass(frozen=True)
+class SoftMaximum:
+    """f(z) = T log Σ e^(−z/T), T > 0. Its dual variables p are the softmax weights; −f* is T times their entropy."""
+
+    temperature: float
+    simplex: bool = True
+
+    def begin(self, b: Tensor) -> Tensor:
+        return 0.9 * torch.softmax(-b / max(self.temperature, 0.3), 0) + 0.1 / len(b)
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        p = p + 0.1 * min(mu, 1 / len(p))
+        return p / p.sum()
+
+    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+        heat, log = max(self.temperature, mu), torch.log(p)
+        value = heat * (p * log).sum() - 0.5 * mu * log.sum()
+        return value, heat * (1 + log) - 0.5 * mu / p, heat / p + 0.5 * mu / p**2
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        log = torch.log_softmax(-z / self.temperature, 0)
+        return self.temperature * (p * (torch.log(p) - log) - p + torch.exp(log)).sum()
+
+    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
+        def straight(a: float) -> Tensor:
+            q = p + a * d
+            return q / q.sum()
+
+        def curved(a: float) -> Tensor:
+            # where p falls, 1/p moves linearly: Newton's method on a barrier then has no boundary to hit
+            q = torch.where(d < 0, p / (1 - a * d.clamp_max(0) / p), p + a * d)
+            return q / q.sum()
+
+        return [(min(1.0, 0.95 / max(float((-d / p).amax()), 1e-3)), straight), (1.0, curved)]
+
+
+@dataclass(frozen=True)
+class HalfSquare:
+    """f(z) = ½‖z‖²; p = −z at the solution."""
+
+    simplex: bool = False
+
+    def begin(self, b: Tensor) -> Tensor:
+        return -b
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        return p
+
+    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+        return 0.5 * (p @ p), p, torch.ones_like(p)
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * ((p + z) ** 2).sum()
+
+    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
+        return [(1.0, lambda a: p + a * d)]
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The best point v of the ball, dual variables p that prove it to the duality ``gap``, Newton steps taken."""
+
+    v: Float[Tensor, " P"]
+    p: Float[Tensor, " n"]
+    gap: float
+    newton: int
+
+
+def minimise_in_ball(
+    norm: Norm,
+    outer: Outer,
+    a: Float[Tensor, "n P"],
+    b: Float[Tensor, " n"],
+    *,
+    start: Float[Tensor, " n"] | None = None,
+    tol: float = 1e-12,
+    max_steps: int = 100,
+) -> Minimum:
+    """min f(b + Av) over ‖v‖ ≤ 1, to a duality gap of ``tol``, for data of order one.
+
+    Newton's method with a line search on the dual φ_μ(p) = ⟨p, b⟩ + f*(−p) + N_μ(Aᵀp), whose barrier parameter μ
+    falls along the central path; linear algebra in the n sample variables. Every iteration tries as v both ∇N_μ and
+    what Newton's method makes of it, v + H dg; the gap of the second is of second order in μ. Stops early where the
+    gap no longer falls.
+    """
+    search = _PathFollowing(norm, outer, a, b)
+    p, mu = search.begin(start)
+    best, stale = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0), 0
+    for count in range(1, max_steps + 1):
+        step = search.step(p, mu)
+        if step is None:
+            break
+        stale = stale + 1 if not step.gap < 0.9 * best.gap else 0
+        best = Minimum(*((step.v, step.p, step.gap) if step.gap < best.gap else (best.v, best.p, best.gap)), count)
+        if best.gap <= tol or stale > 15 or mu < 1e-18:
+            break
+        p, mu = step.q, step.mu
+    return best
+
+
+@dataclass(frozen=True)
+class _Step:
+    v: Tensor
+    p: Tensor
+    gap: float
+    q: Tensor
+    mu: float
+
+
+@dataclass(frozen=True)
+class _PathFollowing:
+    norm: Norm
+    outer: Outer
+    a: Tensor
+    b: Tensor
+
+    def begin(self, start: Tensor | None) -> tuple[Tensor, float]:
+        """p, and the μ whose v = ∇N_μ(Aᵀp) fits it best."""
+        if start is None:
+            return self.outer.begin(self.b), 0.1
+        trials = [10.0**-k for k in range(1, 8)]
+        gaps = [
+            self._gap(p := self.outer.inside(start, mu), smoothed(self.norm, p @ self.a, mu).gradient)
+            for mu in trials
+        ]
+        mu = trials[int(torch.tensor(gaps).argmin())]
+        return self.outer.inside(start, mu), mu
+
+    def step(self, p: Tensor, mu: float) -> _Step | None:
+        """A step of Newton's method from p at μ: the next p and μ, the best pair on the way; None if it fails."""
+        value, slope, bend = self.outer.dual(p, mu)
+        ball = smoothed(self.norm, p @ self.a, mu)
+        residual = self.b + slope + self.a @ ball.gradient
+        curved = ball.hessian(self.a)
+        d = self._newton(residual, bend, curved @ self.a.mT, 1 - p.sum())
+        if d is None:
+            return None
+        decrement = float(-(residual @ d))
+        q, length = self._line_search(p, d, mu, float(p @ self.b + value + ball.value), decrement)
+        v = ball.gradient + d @ curved
+        v = v / self.norm.value(v).clamp_min(1.0)
+        tries = [(self._gap(p, ball.gradient), p, ball.gradient), (self._gap(p, v), p, v), (self._gap(q, v), q, v)]
+        gap, witness, v = min(tries, key=lambda t: t[0])
+        central = decrement < mu * max(1.0, 0.05 * len(p)) and length > 0.4
+        return _Step(v, witness, gap, q, 0.1 * mu if central else mu)
+
+    def _newton(self, residual: Tensor, bend: Tensor, stiff: Tensor, missing: Tensor) -> Tensor | None:
+        """d with (diag(bend) + AHAᵀ)d = −residual, up to a multiplier of Σd = missing on the simplex."""
+        if self.outer.simplex:
+            # a multiple of 11ᵀ only shifts the multiplier, and AHAᵀ may be blind to 1 and huge elsewhere
+            stiff = stiff + stiff.diagonal().amax()
+        scale = bend.rsqrt()
+        matrix = torch.eye(len(bend)).to(bend) + scale[:, None] * stiff * scale
+        root, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) or not bool(torch.isfinite(root).all()):
+            return None
+        sides = scale[:, None] * torch.stack([residual, torch.ones_like(residual)], 1)
+        x, one = (scale[:, None] * torch.cholesky_solve(sides, root)).unbind(1)
+        return (x.sum() + missing) / one.sum() * one - x if self.outer.simplex else -x
+
+    def _line_search(self, p: Tensor, d: Tensor, mu: float, base: float, fall: float) -> tuple[Tensor, float]:
+        """The better of the paths, followed until the dual falls enough."""
+
+        def merit(q: Tensor) -> float:
+            value = q @ self.b + self.outer.dual(q, mu)[0] + smoothed(self.norm, q @ self.a, mu).value
+            return float(value) if bool(torch.isfinite(value)) else torch.inf
+
+        tries = [(merit(path(a)), a, path) for a, path in self.outer.paths(p, d)]
+        now, a, path = min(tries, key=lambda t: t[0])
+        while now > base - 1e-4 * a * fall + 1e-14 * abs(base) and a > 1e-8:
+            a = a / 2
+            now = merit(path(a))
+        return path(a), a
+
+    def _gap(self, p: Tensor, v: Tensor) -> float:
+        g = p @ self.a
+        return float(self.outer.gap(p, self.b + self.a @ v) + self.norm.dual(g) - g @ v)
