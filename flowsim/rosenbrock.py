@@ -27,7 +27,7 @@ GRADIENT = Clock("gradient", "gradient", lambda objective, lam, dual, size: dual
 
 @dataclass(frozen=True)
 class Pair:
-    """An embedded pair of Rosenbrock W-methods, stiffly accurate; no stage's weights sum to more than one step.
+    """An embedded pair of Rosenbrock W-methods.
 
     With M = (1 − γτW)⁻¹, stage i is k_i = M(τf(w + Σα_ij k_j) + g_i) − g_i with g_i = Σ(γ_ij/γ)k_j, j < i. Rows of
     ``stages`` and ``couplings`` are α_ij and γ_ij for i = 2, 3, …; ``weights`` gives the solution Σb_i k_i of order
@@ -63,8 +63,6 @@ ROS34PW2 = Pair(
 )
 """Rang & Angermann 2005, order 3(2), L-stable; digits after the twelfth from the order conditions."""
 
-LOGITS = 10.0
-KI, KP = 1.1, 0.2
 
 Solve = Callable[[Float[Tensor, "B P"]], Float[Tensor, "B P"]]
 
@@ -96,14 +94,14 @@ def smoothed(solve: Solve, v: Tensor) -> Tensor:
 
 
 def step(
-    pair: Pair, velocity: Solve, solve: Solve, w: Tensor, first: Tensor, dt: Float[Tensor, " B"]
+    pair: Pair, velocity: Solve, solve: Solve, w: Tensor, first: Sample, dt: Float[Tensor, " B"]
 ) -> tuple[Tensor, Tensor]:
-    """One step of size dt from w, where the velocity is ``first``: the new point and its error vector.
+    """One step of size dt from w, where the field is ``first``: the new point and its error vector.
 
     ``solve`` is v ↦ (1 − γ·dt·W)⁻¹v.
     """
     tau = dt.to(w)[:, None]
-    increments = [solve(tau * first)]
+    increments = [solve(tau * first.velocity)]
     for row, coupling in zip(pair.stages, pair.couplings, strict=True):
         lag = _combine(tuple(c / pair.gamma for c in coupling), increments)
         increments.append(solve(tau * velocity(w + _combine(row, increments)) + lag) - lag)
@@ -116,8 +114,9 @@ class Rosenbrock:
     """A pair with its own step size for each trajectory.
 
     A step is accepted where its error vector e satisfies ‖e‖₂ ≤ atol + rtol·‖w‖₂ and, for a loss, moves Λ by
-    |⟨h, e⟩| ≤ rtol·max(1, |Λ|) and the logits by ‖Ce‖₂ ≤ 10·rtol, their standard deviation under the softmax
-    weights: without that the run leaves the slow manifold at Λ ≈ 300, where ‖w‖ says nothing of softmax weights.
+    |⟨h, e⟩| ≤ rtol·max(1, |Λ|) and the logits by ‖Ce‖₂ ≤ rtol, their standard deviation under the softmax weights.
+    Without the last the run would leave the slow manifold at Λ ≈ 300: softmax weights need logits to an absolute
+    accuracy, however large the weights are.
     """
 
     pair: Pair
@@ -155,13 +154,13 @@ class Rosenbrock:
         first, dt = recall(state), state.step_size
         root = objective.curvature(state.w)
         solve = damping(field.norm, root, self.pair.gamma * dt)
-        w, error = step(
-            self.pair, lambda w: evaluate(field, objective, w).velocity, solve, state.w, first.velocity, dt
-        )
+        w, error = step(self.pair, lambda w: evaluate(field, objective, w).velocity, solve, state.w, first, dt)
         last = evaluate(field, objective, w)
-        moved = self._moved(field.norm, objective, state, w, first, last, dt, solve)
+        path = segment(objective, state, w, first, last, dt)
+        path = replace(path, slope0=smoothed(solve, path.slope0), slope1=smoothed(solve, path.slope1))
         excess = self._excess(objective, state.w, w, error, root, last)
         accepted = excess <= 1
+        moved = self._moved(field, objective, state, last, path)
         chosen = self._tallied(moved.where(accepted, state), accepted)
         chosen = self._resized(chosen, state.memory, excess, dt)
         return _judged(chosen, first, finite=torch.isfinite(excess))
@@ -175,33 +174,22 @@ class Rosenbrock:
         if objective.logarithmic:
             rise = (last.ascent * error).sum(-1).abs().double() / last.lam.abs().clamp_min(1)
             spread = _length(bmm(root, error[..., None])[..., 0])
-            excess = torch.maximum(excess, torch.maximum(rise, spread / LOGITS) / self.rtol)
+            excess = torch.maximum(excess, torch.maximum(rise, spread) / self.rtol)
         finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(_length(last.velocity))
         return torch.where(finite, excess, torch.inf)
 
-    def _moved(
-        self,
-        norm: Norm,
-        objective: Objective,
-        state: State,
-        w: Tensor,
-        first: Sample,
-        last: Sample,
-        dt: Tensor,
-        solve: Solve,
-    ) -> State:
-        """The state after an accepted step."""
-        path = segment(objective, state, w, first, last, dt)
-        path = replace(path, slope0=smoothed(solve, path.slope0), slope1=smoothed(solve, path.slope1))
-        elapsed = log_elapsed_in(objective, first, last, dt)
+    def _moved(self, field: Field, objective: Objective, state: State, last: Sample, path: Segment) -> State:
+        """The state after an accepted step along ``path``."""
+        dt = state.step_size
+        elapsed = log_elapsed_in(objective, recall(state), last, dt)
         readings = {
             "steps": state.readings["steps"] + 1,
             "lam": last.lam,
             "log_time": torch.logaddexp(state.readings["log_time"], elapsed),
-            **{name: state.readings[name] + gain for name, gain in along(norm, path, dt).items()},
+            **{name: state.readings[name] + gain for name, gain in along(field.norm, path, dt).items()},
         }
-        path = replace(path, readings1=readings)
-        return replace(state, w=w, readings=readings, memory=state.memory | remember(last), segment=path)
+        memory = state.memory | remember(last)
+        return replace(state, w=path.w1, readings=readings, memory=memory, segment=replace(path, readings1=readings))
 
     def _tallied(self, state: State, accepted: Tensor) -> State:
         yes = accepted.double()
@@ -216,7 +204,7 @@ class Rosenbrock:
         """The state with its next step size, by proportional and integral control (Gustafsson 1991)."""
         accepted, excess = excess <= 1, excess.clamp_min(1e-6)
         power = 1 / self.pair.order
-        grown = 0.9 * excess ** (-KI * power) * before["excess"] ** (KP * power)
+        grown = 0.9 * excess ** (-1.1 * power) * before["excess"] ** (0.2 * power)
         # where the last attempt was rejected a larger step would be as well
         grown = grown.clamp(0.2, 5.0).clamp_max(torch.where(before["refused"] > 0, 1.0, 5.0))
         shrunk = (0.9 * excess**-power).clamp(0.1, 0.9)
