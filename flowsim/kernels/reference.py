@@ -110,7 +110,7 @@ def jacobian(tape: Tape) -> list[Float[Tensor, "B N C n m"]]:
 
 
 def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B NC NC"]:
-    """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1} a_{l-1}ᵀ), s_l = 1 or given."""
+    """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1} a_{l-1}ᵀ)."""
     total: Tensor | None = None
     scales = scales or [1.0] * len(tape.inputs)
     for delta, a, scale in zip(sensitivities(tape), tape.inputs, scales, strict=True):

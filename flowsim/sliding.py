@@ -1,0 +1,505 @@
+"""The steepest flow of two-layer ReLU nets in quadratic norms, through its kinks.
+
+Even gradient flow of a small ReLU net spends most of its time *on* kinks, where no ODE solver can follow. A step
+here treats two things implicitly. The forces of attracting kinks are unknowns of the step, determined by where it
+ends: a pair (neuron, example) ends on one side with that side's force, or on the kink with a force in between
+(`boxqp`). And the softmax weights, which stiffen like Λ, are damped by the Gauss–Newton matrix JᵀSJ. With
+M = (A + γτJᵀSJ)⁻¹, A the norm's matrix and γ = 1 − 1/√2,
+
+    k₁ = M(h(w) − Nᵀλ₁),                          w₁ = w + τk₁
+    k₂ = M(h(w₁) − Nᵀλ₂ − 2Ak₁),                  w₊ = w + τ(3k₁ + k₂)/2
+
+is the two-stage Rosenbrock W-method of Verwer et al. (1999): second order for any matrix in the place of JᵀSJ, and
+damping for this one. h is ∇Λ without the forces λ of the kinks at hand, N holds their normals; λ₁ makes w₁ and λ₂
+makes w₊ consistent with the kinks, so that a sliding pair has z = 0 to rounding, without drift and without a band. A
+pair that changes sides within the step is charged for the fraction of the step that it spent on each.
+
+All linear algebra is in sample space and per neuron: nothing P × P is formed.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowsim import boxqp
+from flowsim.block_norms import Euclidean
+from flowsim.boxqp import LowRank
+from flowsim.clocks import Clock, Target
+from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
+from flowsim.kernels import reference as kernels
+from flowsim.kernels.reference import Tape
+from flowsim.kinks import Point, TwoLayer
+from flowsim.norms import L2, Norm
+from flowsim.problem import Objective, Problem
+from flowsim.state import State, Status, march
+
+GAMMA = 1 - 0.5**0.5
+GROWTH = Clock("gradient", "arclength", lambda objective, lam, dual, size: dual)
+"""The clock dτ = ds/‖h‖_*, on which the flow is w' = A⁻¹h."""
+
+
+@dataclass(frozen=True)
+class KinkImplicit:
+    """The method for two-layer nets with kinks in a quadratic norm; see the module.
+
+    Where the outer weights of a neuron change sign, its sliding pairs become repelling and are *released*; both
+    sides are solutions. They go to the side whose multiplier is nearer (1 from ½ on), or with ``farther`` to the
+    other.
+    """
+
+    farther: bool = False
+    ties = True
+
+    def solver(self, rtol: float, atol: float) -> "Sliding":
+        return Sliding(rtol, atol, self.farther)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quadratic norm as the step needs it: A⁻¹, and its two numbers where it is a multiple on each layer."""
+
+    norm: Norm
+    scales: tuple[float, float] | None
+
+    @staticmethod
+    def of(norm: Norm) -> "Metric":
+        if isinstance(norm, L2):
+            return Metric(norm, (1.0, 1.0))
+        if isinstance(norm, Euclidean) and all(isinstance(part.norm, L2) for part in norm._bound):
+            first, last = (part.scale**2 for part in norm._bound)
+            return Metric(norm, (first, last))
+        return Metric(norm, None)
+
+    def raised(self, g: Float[Tensor, "... P"]) -> Float[Tensor, "... P"]:
+        """A⁻¹g."""
+        return self.norm.dual(g)[..., None] * self.norm.steepest(g)
+
+    def blocks(self, pack: "Pack", net: TwoLayer, point: Point) -> Float[Tensor, "B G c c"]:
+        """N A⁻¹Nᵀ in the groups of ``pack``."""
+        if self.scales is not None:
+            batch = torch.arange(len(net.x), device=net.x.device)[:, None, None, None]
+            blocks = self.scales[0] * net.xx[batch, pack.example[..., :, None], pack.example[..., None, :]]
+        else:
+            normals = pack.normals(net, point.first[0].numel() + point.last[0].numel())
+            blocks = (self.raised(normals) @ normals.mT)[:, None]
+        return torch.where(pack.valid[..., :, None] & pack.valid[..., None, :], blocks, 0.0)
+
+    def stiffness(self, net: TwoLayer, point: Point) -> Float[Tensor, "B N m"]:
+        """⟨n, A⁻¹n⟩ for every pair."""
+        if self.scales is not None:
+            return self.scales[0] * torch.diagonal(net.xx, dim1=-2, dim2=-1)[..., None].expand_as(point.z)
+        every = Pack.of(torch.ones_like(point.z, dtype=torch.bool), grouped=False)
+        normals = every.normals(net, point.first[0].numel() + point.last[0].numel())
+        return (normals * self.raised(normals)).sum(-1).view_as(point.z)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The pairs that may slide in this step, in groups whose normals are A-orthogonal between groups.
+
+    ``example`` and ``neuron (B, G, c)`` name them; ``valid`` tells pairs from padding. One group a neuron where the
+    norm is a multiple on each layer, else all in one group.
+    """
+
+    example: Int[Tensor, "B G c"]
+    neuron: Int[Tensor, "B G c"]
+    valid: Bool[Tensor, "B G c"]
+    shape: tuple[int, int]  # (N, m)
+
+    @staticmethod
+    def of(mask: Bool[Tensor, "B N m"], grouped: bool) -> "Pack":
+        _, N, m = mask.shape
+        rows = mask.mT if grouped else mask.flatten(1)[:, None]
+        c = max(1, int(rows.sum(-1).max()))
+        order = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :c]
+        if grouped:
+            example, neuron = order, torch.arange(m, device=mask.device)[None, :, None].expand_as(order)
+        else:
+            example, neuron = order // m, order % m
+        return Pack(example, neuron, rows.gather(-1, order), (N, m))
+
+    @property
+    def flat(self) -> Int[Tensor, "B Gc"]:
+        return (self.example * self.shape[1] + self.neuron).flatten(1)
+
+    def take(self, values: Float[Tensor, "B N m"], empty: float = 0.0) -> Float[Tensor, "B G c"]:
+        taken = values.flatten(1).gather(1, self.flat).view(self.example.shape)
+        return torch.where(self.valid, taken, empty)
+
+    def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> Tensor:
+        """``into (B, N, m)`` with these values at the pairs."""
+        # padding writes to a place of its own behind the end
+        spare = torch.cat([into.flatten(1), into[:, 0, :1]], 1)
+        index = torch.where(self.valid.flatten(1), self.flat, spare.shape[1] - 1)
+        return spare.scatter(1, index, values.flatten(1).to(into))[:, :-1].view(into.shape)
+
+    def along(self, net: TwoLayer, v: Float[Tensor, "B P"]) -> Float[Tensor, "B G c"]:
+        """Nv."""
+        (B, _, d), m = net.x.shape, self.shape[1]
+        return self.take(kernels.bmm(net.x, v[:, : m * d].view(B, m, d).mT))
+
+    def combine(self, net: TwoLayer, force: Float[Tensor, "B G c"], size: int) -> Float[Tensor, "B P"]:
+        """Nᵀλ."""
+        spread = self.put(force.new_zeros(len(force), *self.shape), force)
+        first = kernels.bmm(spread.mT, net.x).flatten(1)
+        return torch.cat([first, first.new_zeros(len(first), size - first.shape[1])], 1)
+
+    def normals(self, net: TwoLayer, size: int) -> Float[Tensor, "B Gc P"]:
+        """The pairs' normals as flat weights: for norms that couple neurons only."""
+        B, d = self.example.shape[0], net.x.shape[-1]
+        inputs = net.x.gather(1, self.example.flatten(1)[..., None].expand(-1, -1, d))
+        place = self.neuron.flatten(1)[..., None] * d + torch.arange(d, device=net.x.device)
+        out = net.x.new_zeros(B, place.shape[1], size).scatter(2, place, inputs)
+        return out * self.valid.flatten(1)[..., None]
+
+
+@dataclass(frozen=True)
+class Damping:
+    """The linear algebra of one step: v ↦ v − A⁻¹JᵀF V FᵀJv with V = γτ(I + γτFᵀJA⁻¹JᵀF)⁻¹, FFᵀ = S.
+
+    This is M A of the module's text. J is the Jacobian of the outputs with the slopes of the step's start.
+    """
+
+    metric: Metric
+    tape: Tape
+    root: Float[Tensor, "B NC R"]
+    gram: Float[Tensor, "B R R"]
+    gain: Float[Tensor, " B"]
+
+    @staticmethod
+    def at(metric: Metric, point: Point, slopes: Tensor, tau: Tensor) -> "Damping":
+        tape, root = point.tape(slopes), point.net.loss.curvature(point.outputs, point.net.y)
+        if metric.scales is not None:
+            gram = kernels.gram(tape, metric.scales)
+        else:
+            J = torch.cat([part.flatten(3) for part in kernels.jacobian(tape)], -1).flatten(1, 2)
+            gram = J @ metric.raised(J).mT
+        return Damping(metric, tape, root, root.mT @ gram @ root, GAMMA * tau.to(gram))
+
+    def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
+        first, last = self.tape.weights
+        parts = v.split([first[0].numel(), last[0].numel()], 1)
+        seen = kernels.pushforward(self.tape, [p.view_as(w) for p, w in zip(parts, (first, last), strict=True)])
+        inner = torch.linalg.solve(self.low_rank(self.root).inverse(), self.root.mT @ seen.flatten(1)[..., None])
+        cotangent = (self.root @ inner).view_as(seen)
+        return v - self.metric.raised(torch.cat([g.flatten(1) for g in kernels.pullback(self.tape, cotangent)], 1))
+
+    def low_rank(self, factor: Tensor) -> LowRank:
+        return LowRank(factor, self.gram, self.gain)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """How the forces of the packed kinks move their own coordinates: N A⁻¹Nᵀ in ``blocks (B, G, c, c)``, and
+    N A⁻¹JᵀF in ``coupling (B, G, c, R)``."""
+
+    pack: Pack
+    net: TwoLayer
+    blocks: Float[Tensor, "B G c c"]
+    coupling: Float[Tensor, "B G c R"]
+
+    @staticmethod
+    def of(pack: Pack, damping: Damping, net: TwoLayer, point: Point) -> "Hold":
+        metric = damping.metric
+        coupling = _coupled(pack, damping, net) if metric.scales is None else _coupled_by_neuron(pack, damping, net)
+        coupling = torch.where(pack.valid[..., None], coupling, 0.0)
+        return Hold(pack, net, metric.blocks(pack, net, point), coupling)
+
+    def low_rank(self, damping: Damping) -> LowRank:
+        return damping.low_rank(self.coupling)
+
+    def along(self, v: Tensor) -> Tensor:
+        return self.pack.along(self.net, v)
+
+    def combine(self, force: Tensor, size: int) -> Tensor:
+        return self.pack.combine(self.net, force, size)
+
+
+def _coupled_by_neuron(pack: Pack, damping: Damping, net: TwoLayer) -> Float[Tensor, "B G c R"]:
+    """⟨n_p, ∇f_kc⟩ = a_cj φ'_kj ⟨x_p, x_k⟩ for a pair p of neuron j, times F."""
+    assert damping.metric.scales is not None
+    batch = torch.arange(len(net.x), device=net.x.device)[:, None, None]
+    last, slopes = damping.tape.weights[1], damping.tape.slopes[0]
+    inner = net.xx[batch, pack.example] * slopes.mT[:, :, None, :]
+    root = damping.root.unflatten(1, (inner.shape[-1], -1))
+    seen = [
+        last[:, k, :, None, None] * (inner.flatten(1, 2) @ root[:, :, k]).view(*inner.shape[:3], -1)
+        for k in range(last.shape[1])
+    ]
+    return damping.metric.scales[0] * sum(seen[1:], start=seen[0])
+
+
+def _coupled(pack: Pack, damping: Damping, net: TwoLayer) -> Float[Tensor, "B 1 c R"]:
+    J = torch.cat([part.flatten(3) for part in kernels.jacobian(damping.tape)], -1).flatten(1, 2)
+    raised = damping.metric.raised(pack.normals(net, J.shape[-1]))
+    return (raised @ J.mT @ damping.root)[:, None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step that has been tried: its first and its second stage, and the kinks that hold at its end."""
+
+    w1: Float[Tensor, "B P"]
+    w: Float[Tensor, "B P"]
+    outputs1: Float[Tensor, "B N C"]
+    multipliers: Float[Tensor, "B N m"]
+    stuck: Bool[Tensor, "B N m"]
+    solved: Bool[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """`KinkImplicit` with its tolerances, as a solver of `integrate`.
+
+    The step size kept in a state is relative arclength. A step is accepted where the two stages' results differ by
+    at most ``rtol·‖w‖ + atol``, their margins by at most 100·rtol in the softmax weights' standard deviation, the
+    energy ∫‖h‖_*² dτ and the rise of Λ by at most ``rtol`` of it, and neither Λ nor the soft margin falls.
+    """
+
+    rtol: float
+    atol: float
+    farther: bool = False
+
+    def start(self, field: Field, objective: Objective, state: State) -> State:
+        problem, metric = _required(objective, field)
+        net = problem.two_layer(len(state.w))
+        point = net.at(state.w)
+        stored = state.multipliers
+        given = (point.z > 0).to(state.w) if stored is None else stored.view_as(point.z)
+        given = _sides(net, point, given)
+        stuck = (_at_kink(net, point) | ((given > 0) & (given < 1))) & net.distinct
+        multipliers, h = self._selected(metric, net, point, given, stuck)
+        sample = replace(field, clock=GROWTH).sample(problem, state.w, point.lam, h, metric.norm.steepest(h))
+        count = torch.ones_like(state.step_size)
+        extra = {name: state.tallies.get(name, torch.zeros_like(count)) for name in ("sliding", "releases")}
+        sliding = ((multipliers > 0) & (multipliers < 1)).flatten(1).sum(-1).double()
+        state = replace(
+            state,
+            step_size=torch.where(torch.isfinite(state.step_size), state.step_size, 1e-3),
+            readings=state.readings | {"lam": sample.lam},
+            tallies=state.tallies | extra | {"gradients": state.tallies["gradients"] + count, "sliding": sliding},
+            memory=remember(sample) | {"paused": torch.zeros_like(count)},
+            multipliers=multipliers.flatten(1),
+            segment=segment(problem, state, state.w, sample, sample, torch.zeros_like(count)),
+        )
+        return state.stopped(sample.dual == 0, Status.STATIONARY)
+
+    def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
+        problem, metric = _required(objective, field)
+        inner = replace(field, clock=GROWTH)
+        # one trajectory at a time: sets of kinks differ, and padding to the largest would round by batch-mates
+        for row in torch.arange(len(state.w), device=state.w.device).split(1):
+            local = march(
+                lambda part, s: self._step(inner, metric, part, s),
+                problem.select(row),
+                state.select(row),
+                until.select(row),
+                budget,
+            )
+            state = state.scatter(row, local)
+        return state
+
+    def _step(self, field: Field, metric: Metric, problem: Problem, state: State) -> State:
+        """One attempt of every trajectory."""
+        net, first = problem.two_layer(len(state.w)), recall(state)
+        size = metric.norm.value(state.w).double()
+        tau = state.step_size * size / first.dual
+        trial = self._tried(metric, net, state, first, tau)
+        point = net.at(trial.w)
+        multipliers, h = self._selected(metric, net, point, trial.multipliers, trial.stuck)
+        last = field.sample(problem, trial.w, point.lam, h, metric.norm.steepest(h))
+        moved = self._moved(problem, metric, state, trial, (first, last), tau)
+        excess = self._excess(problem, metric, state, trial, point, moved)
+        accepted = excess <= 1
+        yes = accepted.double()
+        before = (state.multipliers > 0) & (state.multipliers < 1)
+        released = (before & (point.jump.flatten(1) >= 0)).sum(-1).double()
+        sliding = ((multipliers > 0) & (multipliers < 1)).flatten(1).sum(-1).double()
+        tallies = state.tallies | {
+            "gradients": state.tallies["gradients"] + 2,
+            "accepted": state.tallies["accepted"] + yes,
+            "rejected": state.tallies["rejected"] + 1 - yes,
+        }
+        gained = {"sliding": sliding, "releases": tallies["releases"] + released}
+        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=tallies | gained)
+        state = moved.where(accepted, replace(state, tallies=tallies))
+        return self._judged(state, excess)
+
+    def _judged(self, state: State, excess: Tensor) -> State:
+        """The next step size, and trajectories stopped that cannot go on."""
+        accepted = excess <= 1
+        # no growth right after a rejection
+        most = torch.where(state.memory["paused"] > 0, 1.0, 3.0)
+        factor = (0.8 * excess.clamp_min(1e-10) ** -0.5).clamp_min(0.2).minimum(most)
+        factor = torch.where(accepted, factor, factor.clamp_max(0.7))
+        step_size = (state.step_size * factor).clamp_max(0.5)
+        state = replace(state, step_size=step_size, memory=state.memory | {"paused": (~accepted).double()})
+        state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+        stuck = ~(step_size > 4 * torch.finfo(state.w.dtype).eps)
+        return state.stopped(stuck & ~torch.isfinite(excess), Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
+
+    def _tried(self, metric: Metric, net: TwoLayer, state: State, first: Sample, tau: Tensor) -> Trial:
+        """Both stages of a step of τ."""
+        assert state.multipliers is not None
+        point, h = net.at(state.w), tau.to(state.w)[:, None]
+        given = _sides(net, point, state.multipliers.view_as(point.z))
+        damping = Damping.at(metric, point, point.slopes(given), tau)
+        mask = self._within_reach(metric, net, point, first, tau)
+        pack = Pack.of(mask, metric.scales is not None)
+        hold = Hold.of(pack, damping, net, point)
+        z, low_rank, size = pack.take(point.z), hold.low_rank(damping), state.w.shape[1]
+
+        def stage(off: Tensor, far: Tensor, lead: Tensor, share: float, upper: Tensor, guess: Tensor) -> Any:
+            """The k with ``z + τN(lead + share·k)`` consistent with forces in [0, upper], and the forces."""
+            base = damping(metric.raised(off) - far)
+            ahead = z / (share * h[..., None]) + hold.along(lead / share + base)
+            solution = boxqp.solve(hold.blocks, ahead, upper, low_rank, guess)
+            return damping(metric.raised(off - hold.combine(solution.force, size)) - far), solution
+
+        zero, upper = torch.zeros_like(state.w), -pack.take(point.jump)
+        off = point.gradient(point.slopes(torch.where(mask, 0.0, given)))
+        k1, one = stage(off, zero, zero, 1.0, upper, upper * pack.take(given))
+        w1 = state.w + h * k1
+        used = pack.put(given, _share(one.force, upper))
+
+        point1 = net.at(w1)
+        slope, crossed = _fractions(
+            point.z, pack.put(point1.z, torch.where(one.free, 0.0, pack.take(point1.z))), used
+        )
+        hangs = mask & ~crossed & (point1.jump < 0)
+        # what has become repelling inside the step is let go
+        slope = torch.where(mask & ~crossed & ~hangs, self._side(used), slope)
+        off1 = point1.gradient(point1.slopes(torch.where(hangs, 0.0, slope)))
+        upper1 = -pack.take(torch.where(hangs, point1.jump, 0.0))
+        k2, two = stage(off1, 2 * k1, 1.5 * k1, 0.5, upper1, upper1 * pack.take(used))
+        w = state.w + h * (1.5 * k1 + 0.5 * k2)
+        stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
+        multipliers = pack.put(used, _share(two.force, upper1))
+        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved)
+
+    def _within_reach(
+        self, metric: Metric, net: TwoLayer, point: Point, first: Sample, tau: Tensor
+    ) -> Bool[Tensor, "B N m"]:
+        """Attracting pairs that may come to their kink within the step."""
+        v = first.velocity[:, : point.first[0].numel()].view_as(point.first)
+        own = metric.stiffness(net, point)
+        reach = kernels.bmm(net.x, v.mT).abs() + point.jump.abs() * own
+        return (point.jump < 0) & net.distinct & (point.z.abs() <= 1.5 * tau.to(v)[:, None, None] * reach)
+
+    def _selected(
+        self, metric: Metric, net: TwoLayer, point: Point, given: Tensor, stuck: Tensor
+    ) -> tuple[Float[Tensor, "B N m"], Float[Tensor, "B P"]]:
+        """Multipliers and the ∇Λ of least dual norm, over the kinks that hold the pairs in ``stuck``.
+
+        The others are on the side that z shows; a stuck pair whose kink repels is let go.
+        """
+        hangs = stuck & (point.jump < 0)
+        sides = torch.where(stuck, self._side(given), (point.z > 0).to(point.z))
+        pack = Pack.of(hangs, metric.scales is not None)
+        blocks = metric.blocks(pack, net, point)
+        off = point.gradient(point.slopes(torch.where(hangs, 0.0, sides)))
+        upper = -pack.take(torch.where(hangs, point.jump, 0.0))
+        ahead = pack.along(net, metric.raised(off))
+        force = boxqp.solve(blocks, ahead, upper, start=upper * pack.take(given)).force
+        return pack.put(sides, _share(force, upper)), off - pack.combine(net, force, off.shape[1])
+
+    def _side(self, multipliers: Tensor) -> Tensor:
+        """Where a released pair goes."""
+        nearer = (multipliers >= 0.5).to(multipliers)
+        return 1 - nearer if self.farther else nearer
+
+    def _moved(
+        self, problem: Problem, metric: Metric, state: State, trial: Trial, ends: tuple[Sample, Sample], tau: Tensor
+    ) -> State:
+        """The state at the end of the step. Readings by Simpson's rule with the mean velocity for the middle one: it
+        is free of the fast motion of the softmax weights that the ends still show."""
+        a, b = ends
+        speed = metric.norm.value(trial.w - state.w).double() / tau
+        sizes = [metric.norm.value(w).double() for w in (state.w, 0.5 * (state.w + trial.w), trial.w)]
+
+        def mean(start: Tensor, inner: Tensor, end: Tensor) -> Tensor:
+            return tau * (start + 4 * inner + end) / 6
+
+        rates = [a.dual, speed, b.dual]
+        gained = {
+            "arclength": mean(*rates),
+            "relative": mean(*(rate / size for rate, size in zip(rates, sizes, strict=True))),
+            "dissipated": mean(*(rate**2 for rate in rates)),
+        }
+        log_time = torch.logaddexp(state.readings["log_time"], log_elapsed_in(problem, a, b, tau))
+        readings = {"steps": state.readings["steps"] + 1, "lam": b.lam, "log_time": log_time}
+        readings |= {name: state.readings[name] + gain for name, gain in gained.items()}
+        return replace(
+            state,
+            w=trial.w,
+            readings=readings,
+            memory=remember(b) | {"paused": torch.zeros_like(tau)},
+            segment=segment(problem, state, trial.w, a, b, tau, readings),
+        )
+
+    def _excess(
+        self, problem: Problem, metric: Metric, state: State, trial: Trial, point: Point, moved: State
+    ) -> Float[Tensor, " B"]:
+        """The error over its tolerance; infinite where the step cannot be right."""
+        size = metric.norm.value(trial.w).double()
+        direction = metric.norm.value(trial.w - trial.w1).double() / (self.atol + self.rtol * size)
+        root = problem.loss.curvature(point.outputs, point.net.y)
+        logits = (root.mT @ (point.outputs - trial.outputs1).flatten(1)[..., None]).flatten(1)
+        rise = moved.readings["lam"] - state.readings["lam"]
+        spent = moved.readings["dissipated"] - state.readings["dissipated"]
+        excess = torch.stack(
+            [
+                direction,
+                torch.linalg.vector_norm(logits, dim=-1).double() / (100 * self.rtol),
+                (spent - rise).abs() / (self.rtol * (0.1 + 0.1 * rise.abs())),
+            ]
+        ).amax(0)
+        good = torch.isfinite(excess) & (rise > 0) & trial.solved & ~self._margin_falls(problem, metric, state, moved)
+        return torch.where(good, excess, torch.inf)
+
+    def _margin_falls(self, problem: Problem, metric: Metric, state: State, moved: State) -> Bool[Tensor, " B"]:
+        """Whether the step lowers the soft margin, which the flow never does once it is positive."""
+        if problem.loss.tail.inverse is None:
+            return torch.zeros_like(state.status, dtype=torch.bool)
+        before, after = (problem.loss.soft_minimum(s.readings["lam"]) for s in (state, moved))
+        growth = (metric.norm.value(moved.w) / metric.norm.value(state.w)).double() ** problem.degree
+        return (before > 0) & (after < before * growth * (1 - 1e-14))
+
+
+def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
+    if not isinstance(objective, Problem) or not field.norm.quadratic:
+        raise ValueError(
+            f"got the norm {field.norm.name!r}, expected a quadratic one (L2, Mahalanobis, Euclidean of these) for a "
+            "net with kinks; try flowsim.SmallStep for the small-step path"
+        )
+    return objective, Metric.of(field.norm)
+
+
+def _share(force: Tensor, upper: Tensor) -> Tensor:
+    return force / torch.where(upper > 0, upper, 1.0)
+
+
+def _sides(net: TwoLayer, point: Point, multipliers: Tensor) -> Float[Tensor, "B N m"]:
+    """The stored multipliers for pairs on or within rounding of their kink, else the side that z shows."""
+    between = (multipliers > 0) & (multipliers < 1)
+    return torch.where(between | _at_kink(net, point), multipliers, (point.z > 0).to(point.z))
+
+
+def _at_kink(net: TwoLayer, point: Point) -> Bool[Tensor, "B N m"]:
+    size = torch.diagonal(net.xx, dim1=-2, dim2=-1).sqrt()[..., None]
+    rounding = 16 * torch.finfo(point.z.dtype).eps * net.x.shape[-1] ** 0.5
+    return point.z.abs() <= rounding * size * torch.linalg.vector_norm(point.first, dim=-1)[:, None]
+
+
+def _fractions(z: Tensor, z1: Tensor, used: Tensor) -> tuple[Float[Tensor, "B N m"], Bool[Tensor, "B N m"]]:
+    """Second-stage multipliers, and which pairs cross in the first stage.
+
+    The step counts the mean of both stages. A pair that crosses gets the share F of the step in which z > 0, so its
+    second multiplier is 2F − (the first); the others that of their side.
+    """
+    crossed = z * z1 < 0
+    positive = torch.maximum(z, z1) / torch.where(crossed, (z - z1).abs(), 1.0)
+    return torch.where(crossed, 2 * positive - used, torch.where(z1 == 0, used, (z1 > 0).to(z1))), crossed
