@@ -15,7 +15,7 @@ Matrix norms are the same functions of singular values, with divided differences
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -215,8 +215,9 @@ class Outer(Protocol):
     ``mu`` adds a barrier to f*(−p) where its domain has a boundary.
     """
 
-    simplex: bool
-    """Whether Σp = 1."""
+    @property
+    def simplex(self) -> bool:
+        """Whether Σp = 1."""
 
     def begin(self, b: Tensor) -> Tensor:
         """Some p inside the domain."""
@@ -239,7 +240,7 @@ class SoftMaximum:
     """f(z) = T log Σ e^(−z/T), T > 0. Its dual variables p are the softmax weights; −f* is T times their entropy."""
 
     temperature: float
-    simplex: bool = True
+    simplex: ClassVar[bool] = True
 
     def begin(self, b: Tensor) -> Tensor:
         return 0.9 * torch.softmax(-b / max(self.temperature, 0.3), 0) + 0.1 / len(b)
@@ -267,14 +268,15 @@ class SoftMaximum:
             q = torch.where(d < 0, p / (1 - a * d.clamp_max(0) / p), p + a * d)
             return q / q.sum()
 
-        return [(min(1.0, 0.95 / max(float((-d / p).amax()), 1e-3)), straight), (1.0, curved)]
+        room = 0.95 / max(float((-d / p).amax()), 0.1)
+        return [(1.0, straight)] if room > 1 else [(room, straight), (1.0, curved)]
 
 
 @dataclass(frozen=True)
 class HalfSquare:
     """f(z) = ½‖z‖²; p = −z at the solution."""
 
-    simplex: bool = False
+    simplex: ClassVar[bool] = False
 
     def begin(self, b: Tensor) -> Tensor:
         return -b
@@ -315,9 +317,8 @@ def minimise_in_ball(
     """min f(b + Av) over ‖v‖ ≤ 1, to a duality gap of ``tol``, for data of order one.
 
     Newton's method with a line search on the dual φ_μ(p) = ⟨p, b⟩ + f*(−p) + N_μ(Aᵀp), whose barrier parameter μ
-    falls along the central path; linear algebra in the n sample variables. Every iteration tries as v both ∇N_μ and
-    what Newton's method makes of it, v + H dg; the gap of the second is of second order in μ. Stops early where the
-    gap no longer falls.
+    falls along the central path; linear algebra in the n sample variables. The v of an iteration is not ∇N_μ but what
+    Newton's method makes of it, ∇N_μ + H dg, whose gap is far smaller. Stops early where the gap no longer falls.
     """
     search = _PathFollowing(norm, outer, a, b)
     p, mu = search.begin(start)
@@ -375,23 +376,21 @@ class _PathFollowing:
         q, length = self._line_search(p, d, mu, float(p @ self.b + value + ball.value), decrement)
         v = ball.gradient + d @ curved
         v = v / self.norm.value(v).clamp_min(1.0)
-        tries = [(self._gap(p, ball.gradient), p, ball.gradient), (self._gap(p, v), p, v), (self._gap(q, v), q, v)]
-        gap, witness, v = min(tries, key=lambda t: t[0])
+        gap, witness = min(((self._gap(x, v), x) for x in (p, q)), key=lambda t: t[0])
         central = decrement < mu * max(1.0, 0.05 * len(p)) and length > 0.4
         return _Step(v, witness, gap, q, 0.1 * mu if central else mu)
 
     def _newton(self, residual: Tensor, bend: Tensor, stiff: Tensor, missing: Tensor) -> Tensor | None:
-        """d with (diag(bend) + AHAᵀ)d = −residual, up to a multiplier of Σd = missing on the simplex."""
+        """d with (diag(bend) + AHAᵀ)d = −residual, on the simplex up to a multiplier of Σd = missing."""
         if self.outer.simplex:
             # a multiple of 11ᵀ only shifts the multiplier, and AHAᵀ may be blind to 1 and huge elsewhere
             stiff = stiff + stiff.diagonal().amax()
-        scale = bend.rsqrt()
-        matrix = torch.eye(len(bend)).to(bend) + scale[:, None] * stiff * scale
-        root, info = torch.linalg.cholesky_ex(matrix)
+        scale = bend.rsqrt()[:, None]
+        root, info = torch.linalg.cholesky_ex(torch.eye(len(bend)).to(bend) + scale * stiff * scale.mT)
         if int(info) or not bool(torch.isfinite(root).all()):
             return None
-        sides = scale[:, None] * torch.stack([residual, torch.ones_like(residual)], 1)
-        x, one = (scale[:, None] * torch.cholesky_solve(sides, root)).unbind(1)
+        sides = torch.stack([residual, torch.ones_like(residual)], 1)
+        x, one = (scale * torch.cholesky_solve(scale * sides, root)).unbind(1)
         return (x.sum() + missing) / one.sum() * one - x if self.outer.simplex else -x
 
     def _line_search(self, p: Tensor, d: Tensor, mu: float, base: float, fall: float) -> tuple[Tensor, float]:

@@ -25,7 +25,7 @@ from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, s
 from flowsim.losses import EXPONENTIAL, HALF_SQUARE, Pairwise, Residual, Signed, SoftPairwise
 from flowsim.norms import Norm
 from flowsim.problem import Objective, Problem, Quadratic
-from flowsim.state import State, Status, march
+from flowsim.state import State, Status, march, tree_map
 
 _GAMMA = 1 - 1 / math.sqrt(2)
 # the quadrature of third order at 0, γ and 1
@@ -202,7 +202,7 @@ class ImplicitSteps:
         if not supported(field.norm):
             raise ValueError(f"MinimisingMovement does not know the norm {field.norm.name!r}; try a norm of flowsim")
         begun = [self._begin(field, objective.select(row), state.select(row)) for row in rows]
-        return _stacked(begun)
+        return tree_map(lambda *parts: torch.cat(parts), *begun)
 
     def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
         field = replace(field, clock=ARCLENGTH)
@@ -243,7 +243,7 @@ class ImplicitSteps:
         """One attempt of one trajectory."""
         first, eps = recall(state), float(state.step_size)
         trial = implicit_step(field, mover, objective, state.w[0], first, eps, state.memory["duals"][0])
-        excess = self._excess(objective, state, first, trial)
+        excess = self._excess(field, objective, state, first, trial)
         counts = {"gradients": 2.0, "newton": trial.newton}
         factor = min(5.0, max(0.2, 0.9 * max(excess, 1e-10) ** (-1 / 3)))
         if excess > 1:
@@ -272,7 +272,7 @@ class ImplicitSteps:
         step = segment(objective, state, moved.w, first, trial.last, dt, readings)
         return self._judged(replace(moved, segment=step), trial)
 
-    def _excess(self, objective: Objective, state: State, first: Sample, trial: "Trial") -> float:
+    def _excess(self, field: Field, objective: Objective, state: State, first: Sample, trial: "Trial") -> float:
         """The error over its tolerance; infinite where the step is no good."""
         w, e = state.w[0], trial.error
         size = max(float(torch.linalg.vector_norm(w)), float(torch.linalg.vector_norm(trial.w)))
@@ -280,10 +280,10 @@ class ImplicitSteps:
         rise = float(trial.last.lam - first.lam)
         if objective.logarithmic:
             excess = max(excess, abs(float(trial.last.ascent[0] @ e)) / (self.rtol * max(1.0, rise)))
-        noise = 1e-13 * max(1.0, abs(float(first.lam)))
-        if rise < -noise or trial.gap > _TRUSTED or _falls(objective, trial, first, state.w):
-            return math.inf
-        return excess if math.isfinite(excess) else math.inf
+        before = _soft_margin(field.norm, objective, first.lam, state.w)
+        after = _soft_margin(field.norm, objective, trial.last.lam, trial.w[None])
+        falls = rise < -1e-13 * max(1.0, abs(float(first.lam))) or (before > 0 and after < before * (1 - 1e-12))
+        return excess if math.isfinite(excess) and trial.gap < _TRUSTED and not falls else math.inf
 
     def _judged(self, state: State, trial: "Trial") -> State:
         """The state, stopped if the trajectory cannot go on."""
@@ -336,16 +336,13 @@ def implicit_step(
     return Trial(two.w, error, sample(one), sample(two), two.duals, length, interior, gap, newton)
 
 
-def _falls(objective: Objective, trial: Trial, first: Sample, w: Tensor) -> bool:
-    """Whether a step lowers the soft margin, which the flow raises while it is positive."""
-    return False
+def _soft_margin(norm: Norm, objective: Objective, lam: Tensor, w: Float[Tensor, "1 P"]) -> float:
+    """What the flow raises as soon as it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where there is none."""
+    if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
+        return -1.0
+    size = float(norm.value(w)[0])
+    return float(objective.loss.soft_minimum(lam)[0]) / size if size > 0 else -1.0
 
 
 def _added(state: State, **counts: float) -> dict[str, Tensor]:
     return state.tallies | {name: state.tallies[name] + count for name, count in counts.items()}
-
-
-def _stacked(parts: list[State]) -> State:
-    from flowsim.state import tree_map
-
-    return tree_map(lambda *rows: torch.cat(rows), *parts)
