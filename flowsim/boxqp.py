@@ -16,17 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The correction E V Eᵀ with ``V = g (I + g G)⁻¹``: ``factor (B, G, c, R)`` is E, ``gram (B, R, R)`` is G,
-    ``gain (B,)`` is g."""
+    """The correction E V Eᵀ: ``factor (B, G, c, R)`` is E; ``core (B, R, R)`` is V and ``inverse`` V⁻¹."""
 
     factor: Float[Tensor, "B G c R"]
-    gram: Float[Tensor, "B R R"]
-    gain: Float[Tensor, " B"]
-
-    def inverse(self) -> Float[Tensor, "B R R"]:
-        """V⁻¹ = I/g + G."""
-        R = self.gram.shape[-1]
-        return torch.eye(R, dtype=self.gram.dtype, device=self.gram.device) / self.gain[:, None, None] + self.gram
+    core: Float[Tensor, "B R R"]
+    inverse: Float[Tensor, "B R R"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +85,7 @@ class _System:
         if self.low_rank is None:
             return out
         E = self.low_rank.factor.flatten(1, 2)
-        inner = torch.linalg.solve(self.low_rank.inverse(), E.mT @ force.flatten(1)[..., None])
-        return out - (E @ inner)[..., 0].view_as(out)
+        return out - (E @ (self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])))[..., 0].view_as(out)
 
     def solve(self, free: Tensor, rhs: Tensor) -> Tensor:
         """The λ that is zero off ``free`` and has Qλ = rhs on it."""
@@ -106,6 +99,6 @@ class _System:
         E = torch.where(free[..., None], self.low_rank.factor, 0.0)
         KE = torch.cholesky_solve(E, root).flatten(1, 2)
         E = E.flatten(1, 2)
-        inner = self.low_rank.inverse() - E.mT @ KE
+        inner = self.low_rank.inverse - E.mT @ KE
         correction = KE @ torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None])
         return first[..., 0] + correction[..., 0].view_as(rhs)

@@ -8,6 +8,7 @@ from flowsim.clocks import ARCLENGTH, Clock, Target
 from flowsim.integrate import DOPRI5, Field, Method, Solver
 from flowsim.norms import Norm
 from flowsim.problem import Objective
+from flowsim.sliding import KinkImplicit
 from flowsim.state import State, fresh
 
 
@@ -15,19 +16,17 @@ from flowsim.state import State, fresh
 class SteepestFlow:
     """Steepest flow dw/dt ∈ argmin_{‖u‖ ≤ ‖g‖_*} ⟨u, g⟩ with g = ∇𝓛(w) (Tsilivis et al. 2026, Eq. 3).
 
-    The path does not depend on ``clock``, which sets only the variable that the solver sees. ``method`` is an
-    embedded pair (`DOPRI5`, `BOSH3`) or a solver of torchdiffeq (`TorchDiffEq`). A step's error is at most
-    ``atol + rtol·‖w‖₂``, and at most ``rtol`` in Λ and in log t.
-
-    Smooth fields only: a net with kinks or a norm with ties is refused, because there a one-step error estimate
-    says nothing about the true solution.
+    Where ∇𝓛 is a set (on kinks) or the steepest direction is (at ties) this is the velocity of least dual norm and,
+    among the steepest directions, of least curvature: the solution that balances energy. See `suited` for the method
+    that is taken by default; ``method`` replaces it. The path does not depend on ``clock``, which sets only the
+    variable that an explicit solver sees.
     """
 
     norm: Norm
-    rtol: float = 1e-6
+    rtol: float = 1e-4
     atol: float = 1e-12
     clock: Clock = ARCLENGTH
-    method: Method = DOPRI5
+    method: Method | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.norm, Norm):
@@ -40,7 +39,7 @@ class SteepestFlow:
                 f"SteepestFlow: got clock {self.clock!r}, expected one that can be integrated against, "
                 "try flowsim.clocks.ARCLENGTH"
             )
-        if isinstance(self.method, type) or not isinstance(self.method, Method):
+        if self.method is not None and (isinstance(self.method, type) or not isinstance(self.method, Method)):
             raise TypeError(
                 f"SteepestFlow: got method {self.method!r}, expected a method, try flowsim.DOPRI5 or "
                 "flowsim.TorchDiffEq('dopri5')"
@@ -51,30 +50,26 @@ class SteepestFlow:
         return f"{self.norm.title} flow"
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        self._require_smooth(problem)
-        return self._solver.start(self._field(problem), problem, fresh(problem, w_or_state))
+        return self._solver(problem).start(self._field(problem), problem, fresh(problem, w_or_state))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        return self._solver.advance(self._field(problem), problem, state, until, budget)
+        return self._solver(problem).advance(self._field(problem), problem, state, until, budget)
 
     def _field(self, problem: Objective) -> Field:
         return Field(self.norm.bind(problem.layout), self.clock)
 
-    @property
-    def _solver(self) -> Solver:
-        return self.method.solver(self.rtol, self.atol)
+    def _solver(self, problem: Objective) -> Solver:
+        method = self.method or suited(self.norm.bind(problem.layout), problem)
+        return method.solver(self.rtol, self.atol)
 
-    def _require_smooth(self, problem: Objective) -> None:
-        if getattr(self.method, "ties", False):
-            return
-        instead = f"try flowsim.SmallStep(flowsim.{self.norm!r}) for the small-step path"
-        if problem.kinks:
-            raise ValueError(
-                "SteepestFlow integrates smooth fields, but the net has kinks (ReLU), where the true flow slides and "
-                f"an ODE solver stalls; {instead}, or a smooth activation such as flowsim.squared_relu"
-            )
-        if self.norm.ties:
-            raise ValueError(
-                f"SteepestFlow integrates smooth fields, but the {self.norm.name} norm has ties, where its steepest "
-                f"direction jumps and an ODE solver stalls; {instead}"
-            )
+
+def suited(norm: Norm, objective: Objective) -> Method:
+    """The method for a flow, from facts about its norm and objective."""
+    if objective.kinks:
+        return KinkImplicit()
+    if norm.ties:
+        raise ValueError(
+            f"SteepestFlow: the {norm.name} norm has ties, which no method follows on this problem; try "
+            f"flowsim.SmallStep(flowsim.{norm!r}) for the small-step path"
+        )
+    return DOPRI5

@@ -61,6 +61,17 @@ class Field:
         return Sample(velocity, lam, h, dual, rates, log_time_rate(objective, lam, dual) + torch.log(speed))
 
 
+def require_smooth(field: Field, objective: Objective) -> None:
+    """Refuse a field that jumps: there a one-step error estimate says nothing about the true solution."""
+    why = "where an explicit ODE solver stalls or follows another path"
+    if objective.kinks:
+        raise ValueError(f"this method is for smooth fields, but the net has kinks (ReLU), {why}; try method=None")
+    if field.norm.ties:
+        raise ValueError(
+            f"this method is for smooth fields, but the {field.norm.name} norm has ties, {why}; try method=None"
+        )
+
+
 class Solver(Protocol):
     """How a field is integrated, to a tolerance. ``budget`` counts attempted steps of each trajectory."""
 
@@ -173,6 +184,7 @@ class RungeKutta:
     atol: float
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
+        require_smooth(field, objective)
         sample = field(objective, state.w)
         # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
         scale = 1e-3 * torch.where(_length(state.w) > 0, _length(state.w), 1.0)

@@ -33,6 +33,7 @@ class Tail:
     log_slope: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor] | None = None
     decreasing: bool = True
+    fall: Callable[[Tensor], Tensor] | None = None
 
 
 def _log_log1p_exp_neg(q: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ def _logistic_inverse(lam: Tensor) -> Tensor:
     return torch.where(large, -loss - torch.log1p(-torch.exp(-loss)), result)
 
 
-EXPONENTIAL = Tail("exponential", lambda q: -q, lambda q: -q, lambda lam: lam)
-LOGISTIC = Tail("logistic", _log_log1p_exp_neg, lambda q: F.logsigmoid(-q), _logistic_inverse)
+EXPONENTIAL = Tail("exponential", lambda q: -q, lambda q: -q, lambda lam: lam, fall=torch.ones_like)
+LOGISTIC = Tail("logistic", _log_log1p_exp_neg, lambda q: F.logsigmoid(-q), _logistic_inverse, fall=torch.sigmoid)
 HALF_SQUARE = Tail(
     "half square", lambda r: 2 * torch.log(r.abs()) - math.log(2), lambda r: torch.log(r.abs()), decreasing=False
 )
@@ -265,8 +266,8 @@ class Loss:
         """ℓ''(q)/𝓛, not below 0."""
         if not self.tail.decreasing:
             return torch.exp(lam)[:, None].expand_as(q)  # half squares
-        fall = -torch.func.grad(lambda q: self.tail.log_slope(q).sum())(q)
-        return slope * fall.clamp_min(0)
+        fall = self.tail.fall or torch.func.grad(lambda q: -self.tail.log_slope(q).sum())
+        return slope * fall(q).clamp_min(0)
 
     def weights(self, f: Float[Tensor, "B N C"], y: Tensor) -> Float[Tensor, "B M"]:
         """p = |ℓ'(q)| / Σ|ℓ'(q)|: how much each q steers the descent; the softmax weights for exponential loss."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowsim.clocks import Target
-from flowsim.integrate import Field
+from flowsim.integrate import Field, require_smooth
 from flowsim.problem import Objective
 from flowsim.state import State, Status
 
@@ -43,6 +43,7 @@ class Odeint:
     atol: float
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
+        require_smooth(field, objective)
         sample = field(objective, state.w)
         gradients = state.tallies["gradients"] + 1
         state = replace(

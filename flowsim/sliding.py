@@ -51,7 +51,6 @@ class KinkImplicit:
     """
 
     farther: bool = False
-    ties = True
 
     def solver(self, rtol: float, atol: float) -> "Sliding":
         return Sliding(rtol, atol, self.farther)
@@ -75,7 +74,7 @@ class Metric:
 
     def raised(self, g: Float[Tensor, "... P"]) -> Float[Tensor, "... P"]:
         """A⁻¹g."""
-        return self.norm.dual(g)[..., None] * self.norm.steepest(g)
+        return g if self.scales == (1.0, 1.0) else self.norm.dual(g)[..., None] * self.norm.steepest(g)
 
     def blocks(self, pack: "Pack", net: TwoLayer, point: Point) -> Float[Tensor, "B G c c"]:
         """N A⁻¹Nᵀ in the groups of ``pack``."""
@@ -158,7 +157,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Damping:
-    """The linear algebra of one step: v ↦ v − A⁻¹JᵀF V FᵀJv with V = γτ(I + γτFᵀJA⁻¹JᵀF)⁻¹, FFᵀ = S.
+    """The linear algebra of one step: v ↦ v − A⁻¹JᵀF V FᵀJv with V⁻¹ = I/(γτ) + FᵀJA⁻¹JᵀF and FFᵀ = S.
 
     This is M A of the module's text. J is the Jacobian of the outputs with the slopes of the step's start.
     """
@@ -166,8 +165,8 @@ class Damping:
     metric: Metric
     tape: Tape
     root: Float[Tensor, "B NC R"]
-    gram: Float[Tensor, "B R R"]
-    gain: Float[Tensor, " B"]
+    core: Float[Tensor, "B R R"]
+    inverse: Float[Tensor, "B R R"]
 
     @staticmethod
     def at(metric: Metric, point: Point, slopes: Tensor, tau: Tensor) -> "Damping":
@@ -177,18 +176,20 @@ class Damping:
         else:
             J = torch.cat([part.flatten(3) for part in kernels.jacobian(tape)], -1).flatten(1, 2)
             gram = J @ metric.raised(J).mT
-        return Damping(metric, tape, root, root.mT @ gram @ root, GAMMA * tau.to(gram))
+        unit = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+        inverse = unit / (GAMMA * tau.to(root))[:, None, None] + root.mT @ gram @ root
+        return Damping(metric, tape, root, torch.linalg.inv(inverse), inverse)
 
     def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         first, last = self.tape.weights
         parts = v.split([first[0].numel(), last[0].numel()], 1)
         seen = kernels.pushforward(self.tape, [p.view_as(w) for p, w in zip(parts, (first, last), strict=True)])
-        inner = torch.linalg.solve(self.low_rank(self.root).inverse(), self.root.mT @ seen.flatten(1)[..., None])
-        cotangent = (self.root @ inner).view_as(seen)
-        return v - self.metric.raised(torch.cat([g.flatten(1) for g in kernels.pullback(self.tape, cotangent)], 1))
+        inner = self.root @ (self.core @ (self.root.mT @ seen.flatten(1)[..., None]))
+        pulled = kernels.pullback(self.tape, inner.view_as(seen))
+        return v - self.metric.raised(torch.cat([g.flatten(1) for g in pulled], 1))
 
     def low_rank(self, factor: Tensor) -> LowRank:
-        return LowRank(factor, self.gram, self.gain)
+        return LowRank(factor, self.core, self.inverse)
 
 
 @dataclass(frozen=True)
@@ -270,12 +271,12 @@ class Sliding:
         stored = state.multipliers
         given = (point.z > 0).to(state.w) if stored is None else stored.view_as(point.z)
         given = _sides(net, point, given)
-        stuck = (_at_kink(net, point) | ((given > 0) & (given < 1))) & net.distinct
+        stuck = (_at_kink(net, point) | _between(given)) & net.distinct
         multipliers, h = self._selected(metric, net, point, given, stuck)
         sample = replace(field, clock=GROWTH).sample(problem, state.w, point.lam, h, metric.norm.steepest(h))
         count = torch.ones_like(state.step_size)
         extra = {name: state.tallies.get(name, torch.zeros_like(count)) for name in ("sliding", "releases")}
-        sliding = ((multipliers > 0) & (multipliers < 1)).flatten(1).sum(-1).double()
+        sliding = _count(_between(multipliers))
         state = replace(
             state,
             step_size=torch.where(torch.isfinite(state.step_size), state.step_size, 1e-3),
@@ -315,15 +316,14 @@ class Sliding:
         excess = self._excess(problem, metric, state, trial, point, moved)
         accepted = excess <= 1
         yes = accepted.double()
-        before = (state.multipliers > 0) & (state.multipliers < 1)
-        released = (before & (point.jump.flatten(1) >= 0)).sum(-1).double()
-        sliding = ((multipliers > 0) & (multipliers < 1)).flatten(1).sum(-1).double()
+        assert state.multipliers is not None
+        released = _between(state.multipliers) & (point.jump.flatten(1) >= 0)
         tallies = state.tallies | {
             "gradients": state.tallies["gradients"] + 2,
             "accepted": state.tallies["accepted"] + yes,
             "rejected": state.tallies["rejected"] + 1 - yes,
         }
-        gained = {"sliding": sliding, "releases": tallies["releases"] + released}
+        gained = {"sliding": _count(_between(multipliers)), "releases": tallies["releases"] + _count(released)}
         moved = replace(moved, multipliers=multipliers.flatten(1), tallies=tallies | gained)
         state = moved.where(accepted, replace(state, tallies=tallies))
         return self._judged(state, excess)
@@ -454,7 +454,7 @@ class Sliding:
             [
                 direction,
                 torch.linalg.vector_norm(logits, dim=-1).double() / (100 * self.rtol),
-                (spent - rise).abs() / (self.rtol * (0.1 + 0.1 * rise.abs())),
+                (spent - rise).abs() / (self.rtol * (0.5 + 0.1 * rise.abs())),
             ]
         ).amax(0)
         good = torch.isfinite(excess) & (rise > 0) & trial.solved & ~self._margin_falls(problem, metric, state, moved)
@@ -482,10 +482,18 @@ def _share(force: Tensor, upper: Tensor) -> Tensor:
     return force / torch.where(upper > 0, upper, 1.0)
 
 
+def _between(multipliers: Tensor) -> Bool[Tensor, "..."]:
+    """Which pairs slide: those whose multiplier is at neither end."""
+    return (multipliers > 0) & (multipliers < 1)
+
+
+def _count(mask: Tensor) -> Float[Tensor, " B"]:
+    return mask.flatten(1).sum(-1).double()
+
+
 def _sides(net: TwoLayer, point: Point, multipliers: Tensor) -> Float[Tensor, "B N m"]:
     """The stored multipliers for pairs on or within rounding of their kink, else the side that z shows."""
-    between = (multipliers > 0) & (multipliers < 1)
-    return torch.where(between | _at_kink(net, point), multipliers, (point.z > 0).to(point.z))
+    return torch.where(_between(multipliers) | _at_kink(net, point), multipliers, (point.z > 0).to(point.z))
 
 
 def _at_kink(net: TwoLayer, point: Point) -> Bool[Tensor, "B N m"]:

@@ -201,10 +201,18 @@ SMOOTH = fs.Problem(fs.MLP([3, 4, 1], activation=fs.squared_relu), torch.eye(3).
 KINKED = fs.Problem(fs.MLP([3, 4, 1], activation=fs.relu), torch.eye(3).double(), [1, -1, 1], fs.logistic)
 
 
-@pytest.mark.parametrize("norm", [fs.L2(), fs.Lp(3.0), fs.Linf()], ids=lambda n: n.name)
-def test_a_net_with_kinks_is_refused_and_the_small_step_path_is_named(norm):
-    with pytest.raises(ValueError, match=r"the net has kinks.*try flowsim\.SmallStep\(flowsim\.L"):
+@pytest.mark.parametrize("norm", [fs.Lp(3.0), fs.Linf(), fs.Max(fs.L2())], ids=lambda n: n.name)
+def test_a_net_with_kinks_in_a_norm_that_is_not_quadratic_is_refused(norm):
+    with pytest.raises(ValueError, match=r"expected a quadratic one.*try flowsim\.SmallStep"):
         fs.simulate(KINKED, fs.SteepestFlow(norm), KINKED.net.init(0), until=fs.lam(1.0))
+
+
+@pytest.mark.parametrize("method", [fs.DOPRI5, fs.TorchDiffEq("dopri5")], ids=["dopri5", "torchdiffeq"])
+def test_explicit_solvers_refuse_kinks_and_ties(method):
+    with pytest.raises(ValueError, match=r"the net has kinks.*try method=None"):
+        fs.simulate(KINKED, fs.SteepestFlow(fs.L2(), method=method), KINKED.net.init(0), until=fs.lam(1.0))
+    with pytest.raises(ValueError, match=r"norm has ties.*try method=None"):
+        fs.simulate(SMOOTH, fs.SteepestFlow(fs.Linf(), method=method), SMOOTH.net.init(0), until=fs.lam(1.0))
 
 
 @pytest.mark.parametrize(
