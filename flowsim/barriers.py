@@ -142,28 +142,39 @@ def _singular(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoo
     assert norm.shape is not None
     u, s, v = faces.singular(g.view(norm.shape))
     curve = _curve(norm.inner, s, mu)
-    f, small = curve.slope, torch.hypot(s, torch.full_like(s, mu))
-    rows, columns = f[:, None], f[None, :]
-    gap, total = s[:, None] - s[None, :], s[:, None] + s[None, :]
-    # rounding in the difference quotients costs speed and no accuracy, as the Hessian only steers
-    close = gap.abs() < 1e-4 * (small[:, None] + small[None, :])
-    even = torch.where(close, (curve.bend[:, None] + curve.bend) / 2, (rows - columns) / torch.where(close, 1.0, gap))
-    tiny = torch.finfo(s.dtype).tiny
-    odd = torch.where(total > tiny, (rows + columns) / total.clamp_min(tiny), curve.bend)
-    edge = torch.where(s > tiny, f / s.clamp_min(tiny), curve.bend)
 
     def hessian(rows: Tensor) -> Tensor:
+        even, odd, edge = _quotients(s, curve, mu)
         e = rows.unflatten(-1, norm.shape)
-        right, left = e @ v, u.mT @ e
-        core = u.mT @ right
+        left, right = _from_left(u.mT, e), e @ v
+        core = _from_left(u.mT, right)
         inner = even * (core + core.mT) / 2 + odd * (core - core.mT) / 2
         turn = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
         inner = inner + torch.diag_embed(turn[:, None] * curve.along)
-        # one of the two complements is empty
-        out = (u @ inner + (right - u @ core) * edge) @ v.mT + u @ (edge[:, None] * (left - core @ v.mT))
-        return out.flatten(-2)
+        if len(u) > len(v):  # of the two complements one is empty
+            return ((_from_left(u, inner) + (right - _from_left(u, core)) * edge) @ v.mT).flatten(-2)
+        return _from_left(u, inner @ v.mT + edge[:, None] * (left - core @ v.mT)).flatten(-2)
 
-    return Smoothed(curve.value, ((u * f) @ v.mT).flatten(), hessian)
+    return Smoothed(curve.value, ((u * curve.slope) @ v.mT).flatten(), hessian)
+
+
+def _from_left(u: Tensor, x: Float[Tensor, "k m n"]) -> Tensor:
+    """u x for each of many small matrices, by one product."""
+    return torch.tensordot(x, u, dims=([1], [1])).mT
+
+
+def _quotients(s: Tensor, curve: _Curve, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(fᵢ − fⱼ)/(sᵢ − sⱼ), (fᵢ + fⱼ)/(sᵢ + sⱼ) and fᵢ/sᵢ, with f the slope.
+
+    Rounding in them costs speed and no accuracy, as the Hessian only steers.
+    """
+    f, size = curve.slope, torch.hypot(s, torch.full_like(s, mu))
+    gap, total = s[:, None] - s, s[:, None] + s
+    close = gap.abs() < 1e-4 * (size[:, None] + size)
+    even = torch.where(close, (curve.bend[:, None] + curve.bend) / 2, (f[:, None] - f) / torch.where(close, 1.0, gap))
+    tiny = torch.finfo(s.dtype).tiny
+    odd = torch.where(total > tiny, (f[:, None] + f) / total.clamp_min(tiny), curve.bend)
+    return even, odd, torch.where(s > tiny, f / s.clamp_min(tiny), curve.bend)
 
 
 def _blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
@@ -329,7 +340,7 @@ def minimise_in_ball(
             break
         stale = stale + 1 if not step.gap < 0.9 * best.gap else 0
         best = Minimum(*((step.v, step.p, step.gap) if step.gap < best.gap else (best.v, best.p, best.gap)), count)
-        if best.gap <= tol or stale > 15 or mu < 1e-18:
+        if best.gap <= tol or stale > (3 if best.gap < 1e-9 else 15) or mu < 1e-18:
             break
         p, mu = step.q, step.mu
     return best

@@ -85,8 +85,11 @@ class Mover:
     def duals(self) -> int:
         return len(self._rows)
 
-    def move(self, w: Float[Tensor, " P"], eps: float, start: Tensor | None) -> Movement:
-        """The movement of arclength ``eps`` from w; ``start`` are the dual variables of one like it."""
+    def move(self, w: Float[Tensor, " P"], eps: float, start: Tensor | None, tol: float = 1e-15) -> Movement:
+        """The movement of arclength ``eps`` from w; ``start`` are the dual variables of one like it.
+
+        Stops at a duality gap of ``tol``; on a curved ball v is then good to about its root.
+        """
         h = self._ascent(w)[1]
         unit = eps * float(self.norm.dual(h))
         if not 0 < unit < math.inf:
@@ -97,28 +100,30 @@ class Mover:
         level = self._ascent(w)[0]
         for _ in range(60):
             surrogate = self._surrogate(at)
-            found = self._solve(surrogate, w - at, eps, unit, start)
+            found = self._solve(surrogate, w - at, eps, unit, start, tol)
             newton, start = newton + found.newton, found.p
             moved = Movement(w + eps * found.v, found.v, found.p, found.gap, newton)
             if surrogate.exact:
                 return moved
-            moved, level, done = self._accepted(w, eps, unit, best, moved, level)
+            moved, level, done = self._accepted(w, eps, unit, best, moved, level, tol)
             best, at = moved, moved.w
             if done:
                 break
         assert best is not None
         return best
 
-    def _solve(self, s: _Surrogate, shift: Tensor, eps: float, unit: float, start: Tensor | None) -> Minimum:
+    def _solve(
+        self, s: _Surrogate, shift: Tensor, eps: float, unit: float, start: Tensor | None, tol: float
+    ) -> Minimum:
         """The surrogate's minimum over the ball around ``shift`` from its centre, in units of the expected gain."""
         offset = s.offset + s.rows @ shift
         outer: Outer = SoftMaximum(1 / unit) if s.soft else HalfSquare()
         scale = unit if s.soft else math.sqrt(unit)
         offset = offset - offset.amin() if s.soft else offset
-        return minimise_in_ball(self.norm, outer, s.rows * (eps / scale), offset / scale, start=start)
+        return minimise_in_ball(self.norm, outer, s.rows * (eps / scale), offset / scale, start=start, tol=tol)
 
     def _accepted(
-        self, w: Tensor, eps: float, unit: float, best: Movement | None, new: Movement, level: float
+        self, w: Tensor, eps: float, unit: float, best: Movement | None, new: Movement, level: float, tol: float
     ) -> tuple[Movement, float, bool]:
         """A sweep's result, drawn back to the last one until the level rises, and its gap for the loss itself."""
         now, h = self._ascent(new.w)
@@ -132,7 +137,7 @@ class Mover:
         # of convex functions, the linearisation at the end bounds what is left to gain
         gap = float(self.norm.dual(h) - h @ new.v) * eps / unit
         still = float((new.v - before).abs().amax()) < 1e-9 * float(new.v.abs().amax())
-        return replace(new, gap=gap), now, gap < 1e-12 or still or share <= 1e-3
+        return replace(new, gap=gap), now, gap < tol or still or share <= 1e-3
 
     def _ascent(self, w: Tensor) -> tuple[float, Tensor]:
         level, h = self.objective.ascent(w[None])
@@ -242,7 +247,10 @@ class ImplicitSteps:
     def _step(self, field: Field, mover: Mover, objective: Objective, state: State) -> State:
         """One attempt of one trajectory."""
         first, eps = recall(state), float(state.step_size)
-        trial = implicit_step(field, mover, objective, state.w[0], first, eps, state.memory["duals"][0])
+        # directions to a hundredth of what a step may err
+        allowed = self.atol + self.rtol * float(torch.linalg.vector_norm(state.w))
+        tol = min(1e-9, max(1e-15, (0.01 * allowed / eps) ** 2))
+        trial = implicit_step(field, mover, objective, state.w[0], first, eps, state.memory["duals"][0], tol)
         excess = self._excess(field, objective, state, first, trial)
         counts = {"gradients": 2.0, "newton": trial.newton}
         factor = min(5.0, max(0.2, 0.9 * max(excess, 1e-10) ** (-1 / 3)))
@@ -316,11 +324,18 @@ class Trial:
 
 
 def implicit_step(
-    field: Field, mover: Mover, objective: Objective, w: Tensor, first: Sample, eps: float, start: Tensor | None
+    field: Field,
+    mover: Mover,
+    objective: Objective,
+    w: Float[Tensor, " P"],
+    first: Sample,
+    eps: float,
+    start: Tensor | None,
+    tol: float = 1e-15,
 ) -> Trial:
     """One step of arclength ``eps`` from w, where the direction is that of ``first``."""
-    one = mover.move(w, _GAMMA * eps, start)
-    two = mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.duals)
+    one = mover.move(w, _GAMMA * eps, start, tol)
+    two = mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.duals, tol)
 
     def sample(at: Movement) -> Sample:
         lam, h = objective.ascent(at.w[None])
@@ -337,7 +352,7 @@ def implicit_step(
 
 
 def _soft_margin(norm: Norm, objective: Objective, lam: Tensor, w: Float[Tensor, "1 P"]) -> float:
-    """What the flow raises as soon as it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where there is none."""
+    """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where there is none."""
     if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
         return -1.0
     size = float(norm.value(w)[0])
