@@ -559,6 +559,7 @@ class _Middle:
     dual: float
     bend: Float[Array, " P"]
     defects: tuple[float, float, float]
+    rise: float
     clearance: Float[Array, "3 P"]
     time: "_Time"
 
@@ -576,11 +577,12 @@ class _Middle:
         cubic = 0.5 * (here.lam + end.lam) + 0.125 * ds * (here.dual - end.dual)
         simpson = ds * (here.dual + 4 * dual + end.dual) / 6
         defects = float(off @ off), cubic - lam, end.lam - here.lam - simpson
-        return _Middle(dual, bend, defects, clearance, _Time.of(view, here, end, lam, dual))
+        return _Middle(dual, bend, defects, end.lam - here.lam, clearance, _Time.of(view, here, end, lam, dual))
 
     def excess(self, end: _Point, rtol: float, atol: float) -> float:
         """The errors of what is read inside the step, over their tolerances."""
-        level = max(abs(defect) for defect in self.defects) / (rtol + 1e-13 * abs(end.lam))
+        known = rtol + 64 * end.noise * (1 + self.rise)  # rounding of ‖h‖_* limits what its integral can tell
+        level = max(abs(defect) for defect in self.defects) / known
         weights = np.abs(self.bend).max() / (atol + rtol * np.abs(end.w).max())
         return float(max(weights, level, abs(self.time.defect) / max(rtol, 1e-3)))
 

@@ -121,10 +121,10 @@ def variation(
     face = norm.face(h, tol)
     width = face.support(bend) + face.support(-bend)
     lowest = -face.support(-bend)
-    for row, corner in enumerate(corners):
-        if D is not None and len(corner.c):
-            lowest[row] = -_support(norm.face(h[row], tol), -bend[row], corner.n, _bounds(D[row, corner.index]))
     flat = width <= 1e-9 * norm.dual(bend)
+    for row, corner in enumerate(corners):
+        if D is not None and len(corner.c) and not flat[row]:
+            lowest[row] = -_support(norm.face(h[row], tol), -bend[row], corner.n, _bounds(D[row, corner.index]))
     return torch.where(flat, 0.0, ((bend * u).sum(-1) - lowest) / torch.where(flat, 1.0, width))
 
 
@@ -303,6 +303,9 @@ class _Quadratic:
     ridge: float
     b: Float[Tensor, " P"]
 
+    def gradient(self, u: Tensor) -> Tensor:
+        return (self.C @ u) @ self.C + self.ridge * u - self.b
+
     def solver(self, n: Tensor, rho: float) -> Callable[[Tensor], Tensor]:
         """r ↦ (∇²q + ρ(1 + nᵀn))⁻¹ r, by the smaller of both Gram matrices (Woodbury)."""
         A, shift = torch.cat([self.C, rho**0.5 * n]), self.ridge + rho
@@ -312,6 +315,9 @@ class _Quadratic:
         if small:
             return lambda r: (r - A.mT @ torch.cholesky_solve((A @ r)[:, None], root)[:, 0]) / shift
         return lambda r: torch.cholesky_solve(r[:, None], root)[:, 0]
+
+
+_REVISIONS = {100 * 2**k for k in range(20)}  # steps after which the penalty is revised
 
 
 @dataclass(frozen=True)
@@ -337,7 +343,9 @@ def _split(
     Over-relaxed, with a penalty ρ that balances both residuals (Boyd et al. 2011; Stellato et al. 2020). ``project``
     goes to the set and ``prox(v, ρ)`` minimises r(z) + ½ρ‖z − v‖².
     """
-    rho, relax = 1.0, 1.6
+    relax = 1.6
+    rho = _largest(q.gradient(start)) / _largest(start) if bool(start.any()) else 1.0
+    rho = rho if rho > 1e-100 else 1.0
     solve = q.solver(n, rho)
     x, z = start, n @ start
     y, f = torch.zeros_like(x), torch.zeros_like(z)
@@ -355,7 +363,7 @@ def _split(
         if max(primal, dual) <= tol:
             break
         change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)
-        if step % 100 == 0 and not 0.2 < change < 5:
+        if step in _REVISIONS and not 0.2 < change < 5:
             rho, y, f = rho * change, y / change, f / change
             solve = q.solver(n, rho)
     return _Split(x, rho * f)

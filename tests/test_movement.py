@@ -144,3 +144,183 @@ def test_general_quadratics_end_at_the_minimiser(name):
     run = fs.simulate(problem, flow(NORMS[name], 1e-2), start_at_zero(problem), until=fs.arclength(1e3))
     assert run.statuses == [fs.Status.STATIONARY]
     torch.testing.assert_close(run.final.w[0], problem.minimiser, rtol=0, atol=1e-4)
+
+
+# --- margins of linear models -------------------------------------------------------------------------------------
+
+
+def classes(d=6, C=4, n=12, seed=0):
+    """Separable data of C classes."""
+    x = randn(n, d, seed=seed)
+    y = (x @ randn(C, d, seed=seed + 1).mT).argmax(1)
+    return fs.Problem(fs.Linear(d, C), x, y, fs.pairwise_exponential)
+
+
+def gaps(problem):
+    """Rows of the linear map from weights to pairwise gaps."""
+    jacobian = problem.net.jacobian(start_at_zero(problem), problem.x)[0]
+    return problem.loss.reading.read(jacobian.movedim(-1, 0), problem.y)[0].mT
+
+
+def largest_margin(rows, shape, ball):
+    """max min rows·w over the ball, by conic programming."""
+    cp = pytest.importorskip("cvxpy")
+    w, t = cp.Variable(shape), cp.Variable()
+    problem = cp.Problem(cp.Maximize(t), [rows.numpy() @ cp.vec(w, order="C") >= t, ball(cp, w) <= 1])
+    problem.solve(solver="CLARABEL")
+    return float(t.value)
+
+
+BALLS = {
+    "spectral": (fs.Spectral(), lambda cp, w: cp.norm(w, 2)),
+    "nuclear": (fs.Nuclear(), lambda cp, w: cp.norm(w, "nuc")),
+    "l4": (fs.Lp(4), lambda cp, w: cp.pnorm(cp.vec(w, order="C"), 4)),
+    "l1": (fs.L1(), lambda cp, w: cp.sum(cp.abs(w))),
+    "max": (fs.Max(fs.Spectral()), lambda cp, w: cp.norm(w, 2)),
+}
+
+
+@pytest.mark.parametrize("name", BALLS)
+def test_linear_flows_certify_their_margin_to_lam_10000(name):
+    norm, ball = BALLS[name]
+    problem = classes()
+    best = largest_margin(gaps(problem), (4, 6), ball)
+    bound = norm.bind(problem.layout)
+    run = fs.simulate(
+        problem, flow(norm, 1e-2), start_at_zero(problem), until=fs.lam([1.0, 10.0, 100.0, 1e4]), strict=True
+    )
+    count = len(gaps(problem))
+    for w, s in zip(run.weights[1:], run["arclength"][1:, 0], strict=True):
+        w = torch.from_numpy(w)
+        lam, h = problem.ascent(w)
+        soft, hard = float(lam / bound.value(w)), float(problem.margins(w).min() / bound.value(w))
+        assert best - math.log(count) / s <= soft + 1e-3 * best / s
+        assert soft <= hard <= best + 1e-6
+        assert best <= float(bound.dual(h)) + 1e-6
+
+
+def test_the_soft_margin_never_falls_and_energy_balances():
+    problem = classes()
+    for norm in (fs.Spectral(), fs.Nuclear()):
+        bound = norm.bind(problem.layout)
+        rule, balance = flow(norm, 1e-3), []
+        state, margins = rule.start(problem, start_at_zero(problem)), []
+        first = state.readings["lam"]
+        for _ in range(40):
+            until = fs.clocks.Target(fs.clocks.LAM, torch.tensor([1e3], dtype=torch.float64))
+            state = rule.advance(problem, state, until, 1)
+            if float(state.readings["lam"]) > 0:
+                margins.append(float(state.readings["lam"] / bound.value(state.w)))
+        assert all(b >= a * (1 - 1e-12) for a, b in zip(margins, margins[1:], strict=False))
+        balance = float(state.readings["dissipated"] / (state.readings["lam"] - first))
+        assert balance == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize(("norm", "best"), [(fs.L1(), 17 / 15), (fs.L2(), math.sqrt(53 / 17)), (fs.Linf(), 5 / 2)])
+def test_three_examples_reach_their_known_margins(norm, best):
+    problem = fs.Problem(fs.Linear(3), FIXTURE, [1, 1, 1], fs.exponential)
+    run = fs.simulate(problem, flow(norm), start_at_zero(problem), until=fs.arclength([1.0, 9.0, 300.0]), strict=True)
+    for s, lam in zip(run["arclength"][1:, 0], run["lam"][1:, 0], strict=True):
+        assert best - math.log(3) / s <= lam / s + 1e-6
+    margins = [
+        float((FIXTURE @ torch.from_numpy(w[0])).min() / norm.value(torch.from_numpy(w[0]))) for w in run.weights[1:]
+    ]
+    assert all(m <= best + 1e-9 for m in margins)
+    assert margins[-1] == pytest.approx(best, abs=2e-3)
+
+
+@pytest.mark.parametrize("norm", [fs.L1(), fs.L2(), fs.Linf(), fs.Lp(3)])
+def test_one_example_moves_along_a_dual_vector_at_the_exact_speed(norm):
+    x = torch.tensor([[3.0, -1.0, 2.0]], dtype=torch.float64)
+    problem = fs.Problem(fs.Linear(3), x, [1], fs.exponential)
+    run = fs.simulate(problem, flow(norm), start_at_zero(problem), until=fs.lam([10.0, 1000.0]), strict=True)
+    rate = float(norm.dual(x[0]))
+    assert run["arclength"][1:, 0] == pytest.approx([10 / rate, 1000 / rate], rel=1e-9)
+    # e^Λ = 1 + ‖x‖_*² t
+    assert run["log_time"][1:, 0] == pytest.approx(
+        [10 + math.log1p(-math.exp(-10)) - 2 * math.log(rate), 1000 - 2 * math.log(rate)], abs=1e-4
+    )
+
+
+# --- other losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [fs.L2(), fs.Lp(4)])
+def test_logistic_and_cross_entropy_agree_with_explicit_integration(norm):
+    x, y = randn(8, 3, seed=5), [1, 1, -1, 1, -1, -1, 1, -1]
+    binary = fs.Problem(fs.Linear(3), x, y, fs.logistic)
+    several = fs.Problem(fs.Linear(3, 3), x, [0, 1, 2, 0, 1, 2, 1, 0], fs.cross_entropy)
+    for problem in (binary, several):
+        until = fs.arclength([0.2, 0.6])
+        implicit = fs.simulate(problem, flow(norm), start_at_zero(problem), until=until, strict=True)
+        explicit = fs.simulate(problem, fs.SteepestFlow(norm, 1e-6), start_at_zero(problem), until=until)
+        np.testing.assert_allclose(implicit.weights[1:], explicit.weights[1:], atol=2e-4)
+
+
+def test_labels_that_no_line_separates_end_at_the_finite_minimiser():
+    x, y = randn(8, 2, seed=5), [1, 1, -1, 1, -1, -1, 1, -1]
+    for loss in (fs.exponential, fs.logistic):
+        problem = fs.Problem(fs.Linear(2), x, y, loss)
+        ends = []
+        for norm in (fs.L1(), fs.L2(), fs.Linf()):
+            run = fs.simulate(problem, flow(norm, 1e-3), start_at_zero(problem), until=fs.lam(1e3), max_steps=2000)
+            assert run.statuses == [fs.Status.STATIONARY]
+            ends.append(run.final.w[0])
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ends[2], ends[1], rtol=0, atol=1e-4)
+
+
+def test_squared_loss_reaches_least_squares():
+    x, target = randn(9, 3, seed=6), randn(9, seed=7)
+    problem = fs.Problem(fs.Linear(3), x, target, fs.squared)
+    run = fs.simulate(problem, flow(fs.Linf(), 1e-3), start_at_zero(problem), until=fs.arclength(1e3))
+    assert run.statuses == [fs.Status.STATIONARY]
+    torch.testing.assert_close(
+        run.final.w[0], torch.linalg.lstsq(x, target[:, None]).solution[:, 0], rtol=0, atol=1e-5
+    )
+
+
+# --- contracts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_duplicated_example_counts_twice():
+    doubled = fs.Problem(fs.Linear(3), FIXTURE[[0, 1, 2, 2]], [1] * 4, fs.exponential)
+    run = fs.simulate(doubled, flow(fs.Linf()), start_at_zero(doubled), until=fs.lam(100.0, 3), strict=True)
+    assert float(doubled.margins(run.final.w).min() / run.final.w.abs().max()) == pytest.approx(2.5, abs=0.03)
+
+
+def test_a_trajectory_does_not_know_its_batch_and_resumes_to_the_bit():
+    problem = classes()
+    w = torch.cat([start_at_zero(problem), 0.1 * randn(1, problem.size)])
+    rule = flow(fs.Spectral(), 1e-2)
+    both = fs.simulate(problem, rule, w, until=fs.lam(20.0, 4))
+    alone = fs.simulate(problem, rule, w[1:], until=fs.lam(20.0, 4))
+    torch.testing.assert_close(both.final.w[1:], alone.final.w, rtol=0, atol=0)
+    half = fs.simulate(problem, rule, w[1:], until=fs.lam(20.0, 4), max_steps=5)
+    assert half.statuses == [fs.Status.MAX_STEPS]
+    whole = fs.simulate(problem, rule, type(half.final).from_tensors(half.final.tensors()), until=fs.lam(20.0, 4))
+    torch.testing.assert_close(whole.final.w, alone.final.w, rtol=0, atol=0)
+    for name, reading in alone.final.readings.items():
+        torch.testing.assert_close(whole.final.readings[name], reading, rtol=0, atol=0)
+
+
+def test_a_zero_gradient_is_stationary():
+    problem = fs.Quadratic(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    run = fs.simulate(problem, flow(fs.Linf()), start_at_zero(problem), until=fs.arclength(1.0))
+    assert run.statuses == [fs.Status.STATIONARY]
+
+
+def test_an_inner_solver_that_fails_stops_the_trajectory(monkeypatch):
+    import flowsim.movement as movement
+
+    real = movement.minimise_in_ball
+    monkeypatch.setattr(movement, "minimise_in_ball", lambda *a, **k: real(*a, **k, max_steps=1))
+    problem = classes()
+    run = fs.simulate(problem, flow(fs.Nuclear()), start_at_zero(problem), until=fs.lam(1e3), max_steps=300)
+    assert run.statuses[0] in (fs.Status.STEP_TOO_SMALL, fs.Status.MAX_STEPS)
+
+
+def test_what_is_not_convex_is_refused():
+    net = fs.Problem(fs.MLP([3, 4, 1], activation=fs.square), FIXTURE, [1, 1, 1], fs.exponential)
+    with pytest.raises(ValueError, match="convex"):
+        flow(fs.L1()).start(net, net.net.init(0))
