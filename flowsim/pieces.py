@@ -147,26 +147,31 @@ class _Face:
         v[self.free] = self._weight * np.concatenate([rest, *(_reflect(np.append(0.0, part)) for part in shared)])
         return v
 
-    def velocity(self, root: "_Root", inverse: "_Inverse") -> Float[Array, " P"]:
-        """The minimiser of ‖C u‖ on the face's affine hull, the shortest of them."""
-        return self.centre - self.expand(inverse.least(root.times(self.centre)))
+    def missing(self, slope: Float[Array, " P"]) -> Float[Array, "2 P"]:
+        """By how much each corner +c_k e_k, and −c_k e_k, misses the slope of those in use; infinite for these."""
+        slope = self.ball.scale * slope
+        top = self.ball.sums(np.where(self.moving, self.code * slope, 0.0))[self.ball.group]
+        top = top / np.maximum(self.corners, 1)
+        plus, minus = self.in_use
+        return np.stack([np.where(plus, np.inf, top - slope), np.where(minus, np.inf, top + slope)])
 
-    def clearance(self, h: Float[Array, " P"], u: Float[Array, " P"]) -> Float[Array, "3 P"]:
-        """How far the piece is from its end, negative beyond: by how much each corner +c_k e_k and −c_k e_k that is
-        not in use misses the largest slope, in units of ‖h‖_*, and the share of each corner in use or, at rest, how
-        far the group's velocity is inside the ball."""
-        ball, slope = self.ball, self.ball.scale * h / max(self.ball.dual(h), 1e-300)
-        top = ball.sums(np.where(self.moving, self.code * slope, 0.0))[ball.group] / np.maximum(self.corners, 1)
-        rest = self.code == _REST
-        share = self.code * u / ball.scale
-        room = (1 - ball.sums(np.abs(u) / ball.scale))[ball.group]
-        return np.stack(
-            [
-                np.where(rest | (self.code == 1), np.inf, top - slope),
-                np.where(rest | (self.code == -1), np.inf, top + slope),
-                np.where(rest, room, np.where(self.moving & (self.corners > 1), share, np.inf)),
-            ]
-        )
+    def shares(self, u: Float[Array, " P"]) -> Float[Array, " P"]:
+        """The share of each corner that is one of several, or at rest how far the group is inside its ball."""
+        room = (1 - self.ball.sums(np.abs(u) / self.ball.scale))[self.ball.group]
+        share = np.where(self.moving & (self.corners > 1), self.code * u / self.ball.scale, np.inf)
+        return np.where(self.code == _REST, room, share)
+
+    def mixture(self, u: Float[Array, " P"]) -> Float[Array, "2 P"]:
+        """Shares of the corners +c_k e_k and −c_k e_k that make u; a group inside its ball has two opposite ones."""
+        spare = np.zeros(len(u))
+        spare[self.ball.starts] = np.maximum(1 - self.ball.sums(np.abs(u) / self.ball.scale), 0) / 2
+        spare[self.code != _REST] = 0
+        return np.stack([np.maximum(u, 0), np.maximum(-u, 0)]) / self.ball.scale + spare
+
+    @cached_property
+    def in_use(self) -> Bool[Array, "2 P"]:
+        """The corners +c_k e_k and −c_k e_k whose slopes are equal; at rest all of the group's."""
+        return np.stack([(self.code == _REST) | (self.code == sign) for sign in (1, -1)])
 
 
 def _reflect(a: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
@@ -232,84 +237,123 @@ class _Inverse:
         return y + self.newton(self.A.T @ (b - self.A @ y))  # normal equations square the condition: refine
 
 
-@dataclass(frozen=True)
-class _Point:
-    """A point of a piece at arclength ``s`` after its start: level and gradient, the velocity u and h' = −CᵀC u."""
-
-    s: float
-    w: Float[Array, " P"]
-    lam: float
-    h: Float[Array, " P"]
-    dual: float
-    size: float
-    u: Float[Array, " P"]
-    turn: Float[Array, " P"]
-
-    @property
-    def bend(self) -> float:
-        """‖C u‖²."""
-        return max(-float(self.turn @ self.u), 0.0)
-
-    @property
-    def noise(self) -> float:
-        """Rounding error of slopes, in units of ‖h‖_*."""
-        return _EPS * (64 + self.dual * self.size)
-
-
 class _View:
     """The objective of one trajectory in NumPy, its gradient evaluations counted."""
 
-    def __init__(self, objective: Objective, ball: _Ball, w: Tensor) -> None:
-        self.objective, self.ball, self.like = objective, ball, w
+    def __init__(self, field: Field, objective: Objective, w: Tensor) -> None:
+        self.objective, self.like, self.ball = objective, w, _Ball.of(field.norm, objective.size)
         self.gradients = 0
-        self.jacobian = None
-        if isinstance(objective, Problem):  # a linear model's is the same everywhere
-            self.jacobian = _numpy(objective.net.jacobian(w, objective.x)[0].flatten(0, 1))
+        self.last: _Point | None = None
+        # a linear model's Jacobian is the same everywhere
+        self.problem = objective if isinstance(objective, Problem) else None
+        if self.problem is not None:
+            self.J = _numpy(self.problem.net.jacobian(w, self.problem.x)[0].flatten(0, 1))
 
-    @staticmethod
-    def of(field: Field, objective: Objective, state: State) -> "_View":
-        return _View(objective, _Ball.of(field.norm, objective.size), state.w)
+    def tensor(self, a: Array | float) -> Tensor:
+        """A row of one trajectory."""
+        return torch.as_tensor(a, dtype=None if isinstance(a, Array) else torch.float64).to(self.like.device)[None]
+
+    def outputs(self, w: Float[Array, " P"]) -> Float[Tensor, "1 N C"]:
+        assert self.problem is not None
+        return self.tensor(self.J @ w).view(1, self.problem.examples, -1)
 
     def ascent(self, w: Float[Array, " P"]) -> tuple[float, Float[Array, " P"]]:
+        """The objective's own, for linear models in one pass over the data less."""
         self.gradients += 1
-        lam, h = self.objective.ascent(self._tensor(w))
-        return float(lam), _numpy(h[0])
+        if self.problem is None:
+            lam, h = self.objective.ascent(self.tensor(w))
+            return float(lam), _numpy(h[0])
+        lam, pull = self.problem.loss.ascent(self.outputs(w), self.problem.y)
+        return float(lam), self.J.T @ _numpy(pull.flatten())
 
     def root(self, w: Float[Array, " P"]) -> _Root:
-        if isinstance(self.objective, Problem) and self.jacobian is not None:
-            outputs = self.objective.outputs(self._tensor(w))
-            return _Root(_numpy(self.objective.loss.curvature(outputs, self.objective.y)[0]), self.jacobian)
-        return _Root(None, _numpy(self.objective.curvature(self._tensor(w))[0]))
+        if self.problem is None:
+            return _Root(None, _numpy(self.objective.curvature(self.tensor(w))[0]))
+        return _Root(_numpy(self.problem.loss.curvature(self.outputs(w), self.problem.y)[0]), self.J)
 
-    def _tensor(self, w: Float[Array, " P"]) -> Tensor:
-        return torch.as_tensor(w).to(self.like)[None]
+    def recall(self, state: State) -> "_Point":
+        """Where a state is: the point that it was made of, or the same made anew."""
+        w, code = _numpy(state.w[0]), _numpy(state.memory["face"][0])
+        last = self.last
+        if last is not None and np.array_equal(last.spot.w, w) and np.array_equal(last.face.code, code):
+            return _Point(last.spot, last.face, 0.0) if last.s else last
+        return _Point(_Spot(self, w), _Face(self.ball, code), 0.0)
 
-    def point(self, face: _Face, s: float, w: Array, lam: float, h: Array) -> _Point:
-        """The point with the face's velocity."""
-        root = self.root(w)
-        u = face.velocity(root, _Inverse(face.restrict(root.columns(face.free))))
-        return self.moving(s, w, lam, h, root, u)
+    def settle(self, face: _Face, s: float, w: Float[Array, " P"], inverse: _Inverse) -> "_Point | None":
+        """The point of the piece in w + span E, where Eᵀh = 0, by Newton's method; None where that fails.
 
-    def moving(self, s: float, w: Array, lam: float, h: Array, root: _Root, u: Array) -> _Point:
-        turn = -root.pull(root.times(u))
-        return _Point(s, w, lam, h, self.ball.dual(h), self.ball.value(w), u, turn)
-
-    def settle(self, face: _Face, s: float, w: Float[Array, " P"]) -> _Point | None:
-        """The point of the piece in w + span E, where Eᵀh = 0, by Newton's method; None where that fails."""
-        lam, h = self.ascent(w)
-        off = np.inf
-        for _ in range(12):
-            slope = face.restrict(h[face.free])
-            dual = self.ball.dual(h)
-            last, off = off, np.abs(slope).max(initial=0.0) / max(dual, 1e-300)
-            if not np.isfinite(lam) or not np.isfinite(off) or (off > last and off > 1e-6):
+        It starts with the inverse from a point near by, and takes a new one where errors fall by less than a fifth.
+        """
+        off, fresh = np.inf, False
+        for _ in range(16):
+            point = _Point(_Spot(self, w), face, s)
+            slope = face.restrict(point.spot.h[face.free])
+            last, off = off, np.abs(slope).max(initial=0.0) / max(point.spot.dual, 1e-300)
+            if off <= 0.1 * point.spot.noise:
+                return point
+            if not np.isfinite(off + point.spot.lam) or (fresh and off > last and off > 1e-6):
                 return None
-            if off <= _EPS * (4 + dual * self.ball.value(w)) or (off > 0.25 * last and off < 1e-7):
-                return self.point(face, s, w, lam, h)
-            inverse = _Inverse(face.restrict(self.root(w).columns(face.free)))
+            if off > 0.2 * last:
+                if fresh and off < 1e-7:  # as near as rounding lets it come
+                    return point
+                inverse, fresh = point.inverse, True
             w = w + face.expand(inverse.newton(slope))
-            lam, h = self.ascent(w)
         return None
+
+
+class _Spot:
+    """The objective at w: the level and its gradient h, and the root of its curvature when asked for."""
+
+    def __init__(self, view: _View, w: Float[Array, " P"]) -> None:
+        self.view, self.w = view, w
+        self.lam, self.h = view.ascent(w)
+        self.dual, self.size = view.ball.dual(self.h), view.ball.value(w)
+        self.noise = _EPS * (64 + self.dual * self.size)  # rounding error of slopes, in units of ‖h‖_*
+
+    @cached_property
+    def root(self) -> _Root:
+        return self.view.root(self.w)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A spot on a piece, at arclength ``s`` after the start of the step."""
+
+    spot: _Spot
+    face: _Face
+    s: float
+
+    @cached_property
+    def inverse(self) -> _Inverse:
+        return _Inverse(self.face.restrict(self.spot.root.columns(self.face.free)))
+
+    @cached_property
+    def u(self) -> Float[Array, " P"]:
+        """The velocity dw/ds: the minimiser of ‖C u‖ on the face's affine hull, the shortest of them."""
+        y = self.inverse.least(self.spot.root.times(self.face.centre))
+        return self.face.centre - self.face.expand(y)
+
+    @cached_property
+    def turn(self) -> Float[Array, " P"]:
+        """−CᵀC u, which is dh/ds up to a multiple of h."""
+        return -self.spot.root.pull(self.spot.root.times(self.u))
+
+    @cached_property
+    def bend(self) -> float:
+        """‖C u‖²."""
+        return max(-float(self.turn @ self.u), 1e-300)
+
+    @cached_property
+    def clearance(self) -> Float[Array, "3 P"]:
+        """How far this is from the end of the piece, negative beyond it: `_Face.missing` and `_Face.shares`."""
+        corners = self.face.missing(self.spot.h / max(self.spot.dual, 1e-300))
+        return np.concatenate([corners, self.face.shares(self.u)[None]])
+
+    @cached_property
+    def closing(self) -> Float[Array, "2 P"]:
+        """How fast the corners' part of `clearance` falls."""
+        rate = self.face.missing((self.turn + self.bend / self.spot.dual * self.spot.h) / self.spot.dual)
+        return np.where(np.isfinite(rate), -rate, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,37 +361,32 @@ class _View:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _select(
-    face: _Face, root: _Root, u: Float[Array, " P"], forced: Bool[Array, " 2P"], tied: Bool[Array, " 2P"], dust: float
-) -> _Face:
-    """The face of the QP min ‖C v‖² over the mixtures of the ``tied`` corners, +c_k e_k and then −c_k e_k, from the
-    mixture u of ``face``; of several minimisers that of least length. Corners that are ``forced`` are tried first,
-    those with shares up to ``dust`` last."""
-    ball, P = face.ball, len(u)
-    share = np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)]) / np.tile(ball.scale, 2)
-    spare = np.zeros(P)  # a group at rest, inside its ball, has some of two opposite corners
-    spare[ball.starts] = np.where(face.code[ball.starts] == _REST, 1 - ball.sums(np.abs(u) / ball.scale), 0) / 2
-    share = np.maximum(share + np.tile(spare, 2), 0)
-    used = share > dust
-    group = np.tile(ball.group, 2)
-    open_ = (np.bincount(group[tied | used | forced], minlength=len(ball.starts)) > 1)[group]
-    fixed = used & ~open_
-    corner = np.tile(ball.scale, 2) * np.repeat([1.0, -1.0], P)
-    still = np.where(fixed, corner, 0).reshape(2, P).sum(0)
-    index = np.flatnonzero(open_ & (tied | used | forced))
-    weight, sign = np.unique(index % P, return_inverse=True)[0], corner[index]
-    place = np.searchsorted(weight, index % P)
-    columns = root.columns(weight)
+def _next(point: _Point, level: Float[Array, "3 P"] | float) -> _Point:
+    """The same spot on the piece that begins there, where clearances over their ``level`` are zero.
+
+    The face is that of the face QP, min ‖C v‖² over the mixtures of all corners that tie: those that do so just now
+    are tried first, with those that keep a share.
+    """
+    face, spot, P = point.face, point.spot, len(point.face.code)
+    ball, noise = face.ball, spot.noise
+    new = ((point.clearance - level)[:2] <= 2 * noise).ravel()
+    tied = new | (point.clearance[:2] <= 64 * noise).ravel() | face.in_use.ravel()
+    share = face.mixture(point.u).ravel()
+    tried = (share > 8 * noise) | new
+    group, corner = np.tile(ball.group, 2), np.concatenate([ball.scale, -ball.scale])
+    several = (np.bincount(group[tied | tried], minlength=len(ball.starts)) > 1)[group]
+    alone = tried & ~several
+    index = np.flatnonzero(several & (tied | tried))
+    weight, place = np.unique(index % P, return_inverse=True)
+    columns = spot.root.columns(weight)
     gram = columns.T @ columns
-    gram += 1e-14 * max(gram.max(initial=0.0), 1e-300) * np.eye(len(weight))  # of equals the shortest
-    H = gram[np.ix_(place, place)] * sign[:, None] * sign
-    c = (columns.T @ root.times(still))[place] * sign
-    groups = np.unique(group[index], return_inverse=True)[1]
-    chosen = np.zeros(2 * P, dtype=bool)
-    chosen[index] = _mixture(H, c, groups, share[index], (used | forced)[index])
-    plus, minus = (chosen | fixed).reshape(2, P)
-    rest = (ball.sums((plus & minus).astype(np.int64)) > 0)[ball.group]
-    return _Face(ball, np.where(rest, _REST, plus.astype(np.int64) - minus))
+    gram += 1e-14 * max(gram.max(initial=0.0), 1e-300) * np.eye(len(weight))  # of equal minimisers the shortest
+    H = gram[np.ix_(place, place)] * corner[index, None] * corner[index]
+    c = (columns.T @ spot.root.times(np.where(alone, corner, 0).reshape(2, P).sum(0)))[place] * corner[index]
+    alone[index] = _mixture(H, c, np.unique(group[index], return_inverse=True)[1], share[index], tried[index])
+    plus, minus = alone.reshape(2, P).astype(np.int64)
+    rest = (ball.sums(plus * minus) > 0)[ball.group]
+    return _Point(spot, _Face(ball, np.where(rest, _REST, plus - minus)), 0.0)
 
 
 def _mixture(H: Array, c: Array, group: Array, x: Array, used: Array) -> Bool[Array, " m"]:
@@ -414,213 +453,101 @@ class Pieces:
                 "ExactPieces: got an objective that is not convex, expected a linear model or a Quadratic, "
                 "try SmallStep for the small-step path"
             )
-        return _rows(lambda part, row, b: self._begin(_View.of(field, part, row), row), objective, state)
+        return _rows(lambda part, row, b: self._begin(_View(field, part, row.w), row), objective, state)
 
     def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
         def run(part: Objective, row: State, b: int) -> State:
-            view = _View.of(field, part, row)
+            view = _View(field, part, row.w)
             goal = until.select(torch.tensor([b], device=row.w.device))
             return march(lambda _, local: self._step(view, local), part, row, goal, budget)
 
         return _rows(run, objective, state)
 
     def _begin(self, view: _View, state: State) -> State:
-        lam, h = view.ascent(_numpy(state.w[0]))
-        state = replace(
-            state,
-            readings=state.readings | {"lam": _tensor(view, lam)},
-            tallies={"events": torch.zeros_like(state.step_size)} | state.tallies,
-        )
-        if not _continues(state.memory, view.ball, h):
-            face, here = self._first(view, _numpy(state.w[0]), lam, h)
-            memory = _memory(view, face, here, 0)
-            state = replace(state, memory=memory, step_size=_tensor(view, self._guess(view, here)))
-        _, here = _read(view, state)
+        """On with the face that the state remembers, or with the one that the face QP selects."""
+        spot, ball = _Spot(view, _numpy(state.w[0])), view.ball
+        left = state.memory.get("ascent")
+        if "face" in state.memory and left is not None and np.array_equal(_numpy(left[0]), spot.h):
+            here = _Point(spot, _Face(ball, _numpy(state.memory["face"][0])), 0.0)
+        else:
+            first = np.zeros(len(spot.w), dtype=np.int64)  # from the steepest corner of each group
+            leaders = np.lexsort((-ball.scale * np.abs(spot.h), ball.group))[ball.starts]
+            first[leaders] = np.where(spot.h[leaders] < 0, -1, 1)
+            here = _next(_Point(spot, _Face(ball, first), 0.0), 62 * spot.noise)
+            state = replace(state, step_size=view.tensor(self._guess(here)))
         still = _Time((-np.inf, -np.inf), (0.0, 0.0), 0.0, -np.inf)
-        state = replace(state, segment=_segment(state, state, here, here, still, np.zeros_like(h)))
-        return _tallied(view, state).stopped(state.memory["dual"] == 0, Status.STATIONARY)
+        readings = state.readings | {"lam": view.tensor(spot.lam)}
+        tallies = {"events": torch.zeros_like(state.step_size)} | state.tallies
+        state = _counted(view, replace(state, readings=readings, tallies=tallies, memory=_memory(here, 0)))
+        state = replace(state, segment=_segment(state, state, here, here, still, np.zeros_like(spot.h)))
+        return state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
 
-    def _first(self, view: _View, w: Array, lam: float, h: Array) -> tuple[_Face, _Point]:
-        """The face to start on: from one corner of each group to the face QP over all that tie."""
-        ball = view.ball
-        leaders = np.lexsort((-ball.scale * np.abs(h), ball.group))[ball.starts]
-        code = np.zeros(len(w), dtype=np.int64)
-        code[leaders] = np.where(h[leaders] < 0, -1, 1)
-        face = _Face(ball, code)
-        here = view.moving(0.0, w, lam, h, view.root(w), face.centre)
-        return _turned(view, face, here, face.clearance(h, here.u), 62 * here.noise)
-
-    def _guess(self, view: _View, here: _Point) -> float:
-        """A length for the first step of a piece."""
-        bend = max(here.bend, 1e-300)
-        if not view.objective.logarithmic:
-            return here.dual / bend
-        return min(self.rtol**0.25 / bend**0.5, 10 * max(1.0, abs(here.lam)) / max(here.dual, 1e-300))
+    def _guess(self, here: _Point) -> float:
+        """A length for the first step of a piece: along it the loss weighs the examples in much the same way."""
+        if not here.spot.view.objective.logarithmic:
+            return here.spot.dual / here.bend
+        return min(self.rtol**0.25 / here.bend**0.5, 10 * max(1.0, abs(here.spot.lam)) / max(here.spot.dual, 1e-300))
 
     def _step(self, view: _View, state: State) -> State:
         """One attempt."""
-        face, here = _read(view, state)
-        # not past the end of the whole flow, where the gradient vanishes
-        ds = min(float(state.step_size), 0.38 * here.dual / max(here.bend, 1e-300))
-        start = face.clearance(here.h, here.u)
-        slack = 128 * here.noise  # what is zero to rounding now may stay so
-        level = np.where(start > slack, 0.0, np.minimum(start, 0.0) - slack)
-        end, over = _end(view, face, here, start, level, ds)
+        here = view.recall(state)
+        slack = 128 * here.spot.noise  # what is zero to rounding now may stay so
+        level = np.where(here.clearance > slack, 0.0, np.minimum(here.clearance, 0.0) - slack)
+        end, over = _end(view, here, level, self._reach(here, level, float(state.step_size)))
         if end is None:
-            return self._refused(view, state, ds / 4, here)
-        middle = _Middle.of(view, face, here, end)
+            return _refused(view, state, float(state.step_size) / 4, here)
+        middle = _Middle.of(here, end)
         excess = middle.excess(end, self.rtol, self.atol)
-        if (middle.clearance < level - 1e-9).any():
-            return self._refused(view, state, end.s / 2, here)
+        if (middle.clearance < level - 1e-6).any():
+            return _refused(view, state, end.s / 2, here)
         if not excess <= 1:
-            return self._refused(view, state, end.s * max(0.1, 0.8 * excess**-0.25), here)
-        moved = _tallied(view, _moved(view, state, here, middle, end))
-        if not over:
+            return _refused(view, state, end.s * max(0.1, 0.8 * excess**-0.25), here)
+        moved = _moved(state, here, middle, end)
+        if over:
+            stalled = int(state.memory["stalled"]) + 1 if end.s <= 1e-13 * end.spot.size else 0
+            end = _next(end, level)
+            size, tallies = self._guess(end), _plus(moved.tallies, events=1)
+            moved = replace(moved, memory=_memory(end, stalled), tallies=tallies)
+            # more pieces of no length than there are corners: the choice goes round in rounding errors
+            moved = moved.stopped(moved.memory["stalled"] > 20 + 2 * len(here.spot.w), Status.STEP_TOO_SMALL)
+        else:
             size = end.s * min(8.0, 0.9 * max(excess, 1e-8) ** -0.25)
-            moved = replace(moved, memory=_memory(view, face, end, 0), step_size=_tensor(view, size))
-            return _judged(moved, end)
-        face, after = _turned(view, face, end, face.clearance(end.h, end.u), level)
-        stalled = int(state.memory["stalled"]) + 1 if end.s <= 1e-13 * end.size else 0
-        moved = replace(
-            moved,
-            memory=_memory(view, face, after, stalled),
-            step_size=_tensor(view, self._guess(view, after)),
-            tallies=_plus(moved.tallies, events=1),
-        )
-        # more pieces of no length than there are corners: the choice between them goes round in rounding errors
-        return _judged(moved.stopped(moved.memory["stalled"] > 20 + 2 * len(end.w), Status.STEP_TOO_SMALL), after)
+            moved = replace(moved, memory=_memory(end, 0))
+        view.last = end
+        return _judged(_counted(view, replace(moved, step_size=view.tensor(size))), end)
 
-    def _refused(self, view: _View, state: State, size: float, here: _Point) -> State:
-        state = replace(state, step_size=_tensor(view, size), tallies=_plus(state.tallies, rejected=1))
-        return _judged(_tallied(view, state), here)
+    def _reach(self, here: _Point, level: Array, size: float) -> float:
+        """How far to try: not past the end of the whole flow, where the gradient vanishes, and not much past the
+        first corner that will tie if all goes on as now."""
+        over = (here.clearance - level)[:2]
+        falling = here.closing > 0
+        ties = (over[falling] / here.closing[falling]).min(initial=np.inf)
+        return float(min(size, 0.38 * here.spot.dual / here.bend, 1.1 * ties))
 
 
-def _end(view: _View, face: _Face, here: _Point, start: Array, level: Array, ds: float) -> tuple[_Point | None, bool]:
+def _end(view: _View, here: _Point, level: Array, ds: float) -> tuple[_Point | None, bool]:
     """Where a step ends, and whether the piece ends there: at the first zero of the clearance over its level, by
     inverse interpolation through the points that have been visited. None where Newton's method fails."""
-    end = view.settle(face, ds, here.w + ds * here.u)
+    end = view.settle(here.face, ds, here.spot.w + ds * here.u, here.inverse)
     if end is None:
         return None, False
     low, high = here, end
-    visited = [(0.0, start - level), (ds, face.clearance(end.h, end.u) - level)]
+    visited = [(0.0, here.clearance - level), (ds, end.clearance - level)]
     if visited[1][1].min() >= 0:
         return end, False
     for turn in range(60):
         s = _first_zero(visited, low.s, high.s) if turn % 4 < 3 else 0.5 * (low.s + high.s)
         if not low.s < s < high.s:
             break
-        point = view.settle(face, s, _between(low, high, (s - low.s) / (high.s - low.s)))
+        point = view.settle(here.face, s, _between(low, high, (s - low.s) / (high.s - low.s)), high.inverse)
         if point is None:
             return None, False
-        over = face.clearance(point.h, point.u) - level
+        over = point.clearance - level
         visited.append((s, over))
-        if abs(over.min()) <= point.noise:
+        if abs(over.min()) <= point.spot.noise:
             return point, True
         low, high = (low, point) if over.min() < 0 else (point, high)
     return high, True
-
-
-def _moved(view: _View, state: State, here: _Point, middle: "_Middle", end: _Point) -> State:
-    """The state at the end of a step, its memory still to be written."""
-    relative = 0.0
-    if min(here.size, end.size) > 0:
-        relative = end.s / float(torch.exp(log_mean_exp(*(torch.log(_tensor(view, p.size)) for p in (here, end)))))
-    gains = {
-        "steps": 1.0,
-        "arclength": end.s,
-        "relative": relative,
-        "dissipated": end.s * (here.dual + 4 * middle.dual + end.dual) / 6,
-    }
-    readings = {name: state.readings[name] + gain for name, gain in gains.items()}
-    readings["lam"] = _tensor(view, end.lam)
-    readings["log_time"] = torch.logaddexp(state.readings["log_time"], _tensor(view, middle.time.log_elapsed))
-    w = torch.as_tensor(end.w).to(state.w)[None]
-    moved = replace(state, w=w, readings=readings, tallies=_plus(state.tallies, accepted=1))
-    return replace(moved, segment=_segment(state, moved, here, end, middle.time, middle.bend))
-
-
-def _tallied(view: _View, state: State) -> State:
-    count, view.gradients = view.gradients, 0
-    return replace(state, tallies=_plus(state.tallies, gradients=count))
-
-
-def _judged(state: State, at: _Point) -> State:
-    """The state, stopped where it cannot go on: what is left of a flow that ends is 0.5·‖h‖_*/‖Cu‖² at least."""
-    floor = 4 * _EPS * float(np.abs(at.w).max())
-    left = torch.full_like(state.step_size, 0.25 * at.dual / max(at.bend, 1e-300))
-    state = state.stopped(left <= floor, Status.STATIONARY)
-    return state.stopped(~(state.step_size > floor), Status.STEP_TOO_SMALL)
-
-
-@dataclass(frozen=True)
-class _Middle:
-    """Half way along a step: ‖h‖_* there, what the cubic through both ends lacks, and how far each reading is off."""
-
-    dual: float
-    bend: Float[Array, " P"]
-    defects: tuple[float, float, float]
-    rise: float
-    clearance: Float[Array, "3 P"]
-    time: "_Time"
-
-    @staticmethod
-    def of(view: _View, face: _Face, here: _Point, end: _Point) -> "_Middle":
-        w = _between(here, end, 0.5)
-        lam, h = view.ascent(w)
-        root = view.root(w)
-        inverse = _Inverse(face.restrict(root.columns(face.free)))
-        bend = face.expand(inverse.newton(face.restrict(h[face.free])))
-        off = root.times(bend)
-        dual = view.ball.dual(h)
-        clearance = face.clearance(h - root.pull(off), face.velocity(root, inverse))
-        ds = end.s - here.s
-        cubic = 0.5 * (here.lam + end.lam) + 0.125 * ds * (here.dual - end.dual)
-        simpson = ds * (here.dual + 4 * dual + end.dual) / 6
-        defects = float(off @ off), cubic - lam, end.lam - here.lam - simpson
-        return _Middle(dual, bend, defects, end.lam - here.lam, clearance, _Time.of(view, here, end, lam, dual))
-
-    def excess(self, end: _Point, rtol: float, atol: float) -> float:
-        """The errors of what is read inside the step, over their tolerances."""
-        known = rtol + 64 * end.noise * (1 + self.rise)  # rounding of ‖h‖_* limits what its integral can tell
-        level = max(abs(defect) for defect in self.defects) / known
-        weights = np.abs(self.bend).max() / (atol + rtol * np.abs(end.w).max())
-        return float(max(weights, level, abs(self.time.defect) / max(rtol, 1e-3)))
-
-
-class _Time(NamedTuple):
-    """log dt/dv and its derivative at both ends of a step, v = 0 and 1; the cubic's error at v = ½; log of the time
-    that the step takes."""
-
-    rates: tuple[float, float]
-    slopes: tuple[float, float]
-    defect: float
-    log_elapsed: float
-
-    @staticmethod
-    def of(view: _View, here: _Point, end: _Point, lam: float, dual: float) -> "_Time":
-        """From the level and ‖h‖_* in the middle; log dt/ds = Λ − log ‖h‖_*, without Λ where that is no logarithm."""
-        ds = end.s - here.s
-        duals = np.array([here.dual, dual, end.dual])
-        a, m, b = np.log(duals)
-        if view.objective.logarithmic:
-            rates = np.array([here.lam, lam, end.lam]) - [a, m, b] + np.log(ds)
-            slopes = ds * duals - [4 * m - 3 * a - b, b - a, a - 4 * m + 3 * b]
-            halves = [
-                log_elapsed(*(_tensor(view, x) for x in (*rates[i : i + 2], *(slopes[i : i + 2] / 2))))
-                for i in (0, 1)
-            ]
-            elapsed = float(torch.logaddexp(*halves)) - np.log(2)
-        else:  # ‖h‖_* is linear in s
-            rates, slopes = np.log(ds) - np.array([a, m, b]), (here.dual - end.dual) / duals
-            elapsed = np.log(ds) - float(log_mean_exp(_tensor(view, a), _tensor(view, b)))
-        defect = 0.5 * (rates[0] + rates[2]) + 0.125 * (slopes[0] - slopes[2]) - rates[1]
-        return _Time((rates[0], rates[2]), (slopes[0], slopes[2]), defect, elapsed)
-
-
-def _between(a: _Point, b: _Point, v: float) -> Float[Array, " P"]:
-    """Weights on the cubic through two points of a piece."""
-    ds = b.s - a.s
-    return hermite(v, a.w, b.w, ds * a.u, ds * b.u)  # type: ignore[arg-type, return-value]
 
 
 def _first_zero(visited: list[tuple[float, Array]], low: float, high: float) -> float:
@@ -637,67 +564,76 @@ def _first_zero(visited: list[tuple[float, Array]], low: float, high: float) -> 
     return float(np.where((inverse > low) & (inverse < high), inverse, secant).min())
 
 
-def _turned(view: _View, face: _Face, at: _Point, start: Array, level: Array | float) -> tuple[_Face, _Point]:
-    """The face of the next piece, and the point with the velocity along it."""
-    tied = (start[:2] <= 64 * at.noise).ravel() | _in_use(face)
-    forced = ((start - level)[:2] <= 2 * at.noise).ravel()
-    root = view.root(at.w)
-    face = _select(face, root, at.u, forced, tied, 8 * at.noise)
-    return face, view.point(face, 0.0, at.w, at.lam, at.h)
+class _Middle(NamedTuple):
+    """Half way along a step: ‖h‖_* there, what the cubic through both ends lacks, and how far each reading is off."""
+
+    dual: float
+    bend: Float[Array, " P"]
+    defect: float
+    rise: float
+    clearance: Float[Array, "3 P"]
+    time: "_Time"
+
+    @staticmethod
+    def of(here: _Point, end: _Point) -> "_Middle":
+        a, b, ds, face = here.spot, end.spot, end.s - here.s, here.face
+        spot = _Spot(a.view, _between(here, end, 0.5))
+        slope = face.restrict(spot.h[face.free])
+        lack = end.inverse.newton(slope)
+        u = 1.5 * (b.w - a.w) / ds - 0.25 * (here.u + end.u)
+        clearance = np.concatenate([face.missing(spot.h / max(spot.dual, 1e-300)), face.shares(u)[None]])
+        cubic = 0.5 * (a.lam + b.lam) + 0.125 * ds * (a.dual - b.dual) - spot.lam
+        simpson = ds * (a.dual + 4 * spot.dual + b.dual) / 6 - (b.lam - a.lam)
+        defect = max(abs(float(slope @ lack)), abs(cubic), abs(simpson))
+        time = _Time.of(here, end, spot)
+        return _Middle(spot.dual, face.expand(lack), defect, b.lam - a.lam, clearance, time)
+
+    def excess(self, end: _Point, rtol: float, atol: float) -> float:
+        """The errors of what is read inside the step, over their tolerances."""
+        weights = np.abs(self.bend).max() / (atol + rtol * np.abs(end.spot.w).max())
+        # rounding of ‖h‖_* limits what its integral can tell
+        level = self.defect / (rtol + 64 * end.spot.noise * (1 + abs(self.rise)))
+        return float(max(weights, level, abs(self.time.defect) / max(rtol, 1e-3)))
 
 
-def _in_use(face: _Face) -> Bool[Array, " 2P"]:
-    rest = face.code == _REST
-    return np.concatenate([rest | (face.code == 1), rest | (face.code == -1)])
+class _Time(NamedTuple):
+    """log dt/dv and its derivative at both ends of a step, v = 0 and 1; the cubic's error at v = ½; log of the time
+    that the step takes."""
+
+    rates: tuple[float, float]
+    slopes: tuple[float, float]
+    defect: float
+    log_elapsed: float
+
+    @staticmethod
+    def of(here: _Point, end: _Point, middle: _Spot) -> "_Time":
+        """log dt/ds = Λ − log ‖h‖_*, without Λ where the level is not the logarithm of a loss."""
+        view, ds, spots = middle.view, end.s - here.s, (here.spot, middle, end.spot)
+        lams, duals = np.array([p.lam for p in spots]), np.array([p.dual for p in spots])
+        a, m, b = np.log(duals)
+        if view.objective.logarithmic:
+            rates = lams - [a, m, b] + np.log(ds)
+            slopes = ds * duals - [4 * m - 3 * a - b, b - a, a - 4 * m + 3 * b]
+            halves = [
+                log_elapsed(*(view.tensor(x) for x in (*rates[i : i + 2], *slopes[i : i + 2] / 2))) for i in (0, 1)
+            ]
+            elapsed = float(torch.logaddexp(*halves)) - np.log(2)
+        else:  # ‖h‖_* is linear in s
+            rates, slopes = np.log(ds) - np.array([a, m, b]), (duals[0] - duals[2]) / duals
+            elapsed = np.log(ds) - float(log_mean_exp(view.tensor(a), view.tensor(b)))
+        defect = 0.5 * (rates[0] + rates[2]) + 0.125 * (slopes[0] - slopes[2]) - rates[1]
+        return _Time((rates[0], rates[2]), (slopes[0], slopes[2]), defect, elapsed)
 
 
-def _continues(memory: dict[str, Tensor], ball: _Ball, h: Float[Array, " P"]) -> bool:
-    """Whether a state was left by this method in this norm, so that going on takes up its face."""
-    if "face" not in memory or not np.array_equal(_numpy(memory["ascent"][0]), h):
-        return False
-    u, dual = _numpy(memory["velocity"][0]), ball.dual(h)
-    return abs(float(h @ u) - dual) <= 1e-9 * dual and abs(ball.value(u) - 1) <= 1e-9
+def _between(a: _Point, b: _Point, v: float) -> Float[Array, " P"]:
+    """Weights on the cubic through two points of a piece."""
+    ds = b.s - a.s
+    return hermite(v, a.spot.w, b.spot.w, ds * a.u, ds * b.u)  # type: ignore[arg-type, return-value]
 
 
-def _memory(view: _View, face: _Face, at: _Point, stalled: int) -> dict[str, Tensor]:
-    rows = {"face": face.code, "velocity": at.u, "ascent": at.h, "turn": at.turn}
-    numbers = {"dual": at.dual, "stalled": float(stalled)}
-    tensors = {name: torch.as_tensor(row).to(view.like.device)[None] for name, row in rows.items()}
-    return tensors | {name: _tensor(view, number) for name, number in numbers.items()}
-
-
-def _read(view: _View, state: State) -> tuple[_Face, _Point]:
-    m, w = state.memory, _numpy(state.w[0])
-    h, u, turn = (_numpy(m[name][0]) for name in ("ascent", "velocity", "turn"))
-    here = _Point(0.0, w, float(state.readings["lam"]), h, float(m["dual"]), view.ball.value(w), u, turn)
-    return _Face(view.ball, _numpy(m["face"][0])), here
-
-
-def _segment(state: State, moved: State, here: _Point, end: _Point, time: _Time, bend: Array) -> Segment:
-    """The step from ``state`` to ``moved``."""
-    like, ds = state.w, end.s - here.s
-
-    def row(a: Array) -> Tensor:
-        return torch.as_tensor(a).to(like)[None]
-
-    def one(a: float) -> Tensor:
-        return torch.full_like(state.step_size, a)
-
-    return Segment(
-        w0=state.w,
-        w1=moved.w,
-        slope0=row(ds * here.u),
-        slope1=row(ds * end.u),
-        readings0=state.readings,
-        readings1=moved.readings,
-        lam_slope0=one(ds * here.dual),
-        lam_slope1=one(ds * end.dual),
-        time_rate0=one(time.rates[0]),
-        time_rate1=one(time.rates[1]),
-        time_slope0=one(time.slopes[0]),
-        time_slope1=one(time.slopes[1]),
-        bend=row(bend),
-    )
+# ---------------------------------------------------------------------------------------------------------------
+# States
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _rows(step: Callable[[Objective, State, int], State], objective: Objective, state: State) -> State:
@@ -709,12 +645,70 @@ def _rows(step: Callable[[Objective, State, int], State], objective: Objective, 
     return tree_map(lambda *parts: torch.cat(parts), *done)
 
 
+def _memory(at: _Point, stalled: int) -> dict[str, Tensor]:
+    values = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h, "dual": at.spot.dual, "stalled": stalled}
+    return {name: at.spot.view.tensor(value) for name, value in values.items()}
+
+
+def _moved(state: State, here: _Point, middle: _Middle, end: _Point) -> State:
+    """The state at the end of a step, its memory still to be written."""
+    a, b, tensor = here.spot, end.spot, here.spot.view.tensor
+    relative = 0.0  # at w = 0 it is infinite, and counts from the first point that is not
+    if min(a.size, b.size) > 0:
+        relative = end.s / float(torch.exp(log_mean_exp(tensor(np.log(a.size)), tensor(np.log(b.size)))))
+    gains = {
+        "steps": 1.0,
+        "arclength": end.s,
+        "relative": relative,
+        "dissipated": end.s * (a.dual + 4 * middle.dual + b.dual) / 6,
+    }
+    readings = {name: state.readings[name] + gain for name, gain in gains.items()}
+    readings["lam"] = tensor(b.lam)
+    readings["log_time"] = torch.logaddexp(state.readings["log_time"], tensor(middle.time.log_elapsed))
+    moved = replace(state, w=tensor(b.w), readings=readings, tallies=_plus(state.tallies, accepted=1))
+    return replace(moved, segment=_segment(state, moved, here, end, middle.time, middle.bend))
+
+
+def _refused(view: _View, state: State, size: float, here: _Point) -> State:
+    view.last = here
+    state = replace(state, step_size=view.tensor(size), tallies=_plus(state.tallies, rejected=1))
+    return _judged(_counted(view, state), here)
+
+
+def _judged(state: State, at: _Point) -> State:
+    """The state, stopped where it cannot go on: a flow that ends is ‖h‖_*/‖Cu‖² short of it, or half of that."""
+    floor = 4 * _EPS * float(np.abs(at.spot.w).max())
+    state = state.stopped(torch.full_like(state.running, 0.25 * at.spot.dual / at.bend <= floor), Status.STATIONARY)
+    return state.stopped(~(state.step_size > floor), Status.STEP_TOO_SMALL)
+
+
+def _counted(view: _View, state: State) -> State:
+    count, view.gradients = view.gradients, 0
+    return replace(state, tallies=_plus(state.tallies, gradients=count))
+
+
 def _plus(tallies: dict[str, Tensor], **counts: float) -> dict[str, Tensor]:
     return tallies | {name: tallies[name] + count for name, count in counts.items()}
 
 
-def _tensor(view: _View, number: float) -> Tensor:
-    return torch.full((1,), float(number), dtype=torch.float64, device=view.like.device)
+def _segment(state: State, moved: State, here: _Point, end: _Point, time: _Time, bend: Array) -> Segment:
+    """The step from ``state`` to ``moved``."""
+    tensor, ds = here.spot.view.tensor, end.s - here.s
+    return Segment(
+        w0=state.w,
+        w1=moved.w,
+        slope0=tensor(ds * here.u),
+        slope1=tensor(ds * end.u),
+        readings0=state.readings,
+        readings1=moved.readings,
+        lam_slope0=tensor(ds * here.spot.dual),
+        lam_slope1=tensor(ds * end.spot.dual),
+        time_rate0=tensor(time.rates[0]),
+        time_rate1=tensor(time.rates[1]),
+        time_slope0=tensor(time.slopes[0]),
+        time_slope1=tensor(time.slopes[1]),
+        bend=tensor(bend),
+    )
 
 
 def _numpy(tensor: Tensor) -> Array:
