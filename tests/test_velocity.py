@@ -200,3 +200,228 @@ class TestTies:
         assert errors[0] < 0.5
         assert errors[1] < 0.2 * errors[0] + 1e-6
 
+
+LOSSES = {"exponential": fs.exponential, "logistic": fs.logistic, "squared": fs.squared}
+ORIGIN12 = torch.zeros(1, 12, dtype=torch.float64)
+
+
+def linear_model(loss: str, name: str, seed: int) -> Problem:
+    """A linear model whose gradient at w = 0 is a multiple of a given one: the mean of y x is, in all losses."""
+    y = torch.tensor([1.0, -1.0] * 10, dtype=torch.float64)
+    x = normal(20, 12, seed=seed + 50)
+    x = x + y[:, None] * (tied_gradient(name, seed) - (y[:, None] * x).mean(0))
+    return Problem(fs.Linear(12), x, y, loss=LOSSES[loss])
+
+
+def hessian(problem: Problem, w: Tensor) -> Tensor:
+    """∇²𝓛/𝓛, by differentiation."""
+    return torch.func.hessian(lambda v: torch.exp(-problem.lam(v[None])[0]))(w[0]) * torch.exp(problem.lam(w))
+
+
+class TestLinearModels:
+    @pytest.mark.parametrize("loss", LOSSES)
+    @pytest.mark.parametrize("name", ["l1", "linf"])
+    def test_least_curvature_by_the_losss_own_hessian(self, loss, name):
+        problem = linear_model(loss, name, seed=4)
+        chosen = select(problem, tied_norm(name), ORIGIN12)
+        g = chosen.ascent[0]
+        g = torch.where(g.abs() < 1e-12, 0.0, g / g.abs().max())
+        assert_close(chosen.direction[0], face_program(name, g, hessian(problem, ORIGIN12)), 1e-6)
+        assert variation(problem, tied_norm(name), ORIGIN12, chosen).abs().max() < 1e-8
+
+    def test_pairwise_loss_in_the_spectral_norm(self):
+        """Three classes at w = 0, where the gradient Σ_i Σ_{j≠y} (e_y − e_j) x_iᵀ has rank two at most."""
+        x, y = normal(12, 4, seed=5), torch.arange(12) % 3
+        problem = Problem(fs.Linear(4, 3), x, y, loss=fs.pairwise_exponential)
+        norm, w = Spectral(), ORIGIN12
+        chosen = select(problem, norm, w)
+        H = hessian(problem, w)
+        U, s, Vt = torch.linalg.svd(chosen.ascent[0].view(3, 4))
+        assert s[2] < 1e-12
+        cp = pytest.importorskip("cvxpy")
+        free, v = cp.Variable((1, 2)), cp.Variable(12)
+        whole = (U[:, :2] @ Vt[:2]).numpy() + U[:, 2:].numpy() @ free @ Vt[2:].numpy()
+        face = [cp.norm(free) <= 1, cp.reshape(v, (3, 4), order="C") == whole]
+        cp.Problem(cp.Minimize(cp.quad_form(v, cp.psd_wrap(H.numpy()))), face).solve(solver="CLARABEL", **TIGHT)
+        u = chosen.direction[0]
+        assert_close(H @ u, H @ torch.from_numpy(v.value), 1e-6)
+        # a shift common to all classes is not seen, hence not made
+        assert_close(u.view(3, 4).sum(0), torch.zeros(4))
+
+    def test_of_equal_curvatures_the_shortest(self):
+        """Duplicate columns: only their sum is determined, and each takes half; unseen columns stay."""
+        problem = linear_model("exponential", "linf", seed=4)
+        x = torch.cat([problem.x, problem.x[:, 8:10], torch.zeros(20, 2)], 1)
+        wide = Problem(fs.Linear(16), x, problem.y, loss=fs.exponential)
+        w = torch.zeros(1, 16, dtype=torch.float64)
+        u = select(wide, Linf(), w).direction[0]
+        assert_close(u[8:10], u[12:14])
+        assert u[8:10].abs().max() > 1e-3
+        assert_close(u[14:], torch.zeros(2))
+        cp = pytest.importorskip("cvxpy")
+        v = cp.Variable(16)
+        C = wide.curvature(w)[0]
+        face = [v[:8] == u[:8].numpy(), cp.abs(v) <= 1]
+        cp.Problem(cp.Minimize(cp.sum_squares(C.numpy() @ v)), face).solve(solver="CLARABEL", **TIGHT)
+        assert_close(C @ u, C @ torch.from_numpy(v.value), 1e-6)
+
+    def test_zero_gradients_rest(self):
+        F = Quadratic(torch.eye(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64))
+        for norm in (L1(), L2(), Linf()):
+            chosen = select(F, norm, ORIGIN12)
+            assert chosen.direction.eq(0).all()
+            assert chosen.dual.eq(0).all()
+
+
+class TestBranches:
+    """The variational inequality of a right derivative, for Hessians of either sign along a free coordinate."""
+
+    def chosen(self, free: float) -> tuple[PiecewiseQuadratic, Selection]:
+        """h = (1, 0) in ℓ∞: u = (1, u₂)."""
+        H = torch.tensor([[1.0, 0.5], [0.5, free]], dtype=torch.float64)
+        F = PiecewiseQuadratic([-1.0, 0.0], [[1.0, 0.0]], [0.1], H)
+        return F, select(F, Linf(), ORIGIN[:, :2])
+
+    def test_attracting_tie_slides(self):
+        F, chosen = self.chosen(2.0)
+        assert_close(chosen.direction, [[1.0, -0.25]])
+        assert variation(F, Linf(), ORIGIN[:, :2], chosen).abs().max() < 1e-9
+
+    def test_repelling_tie_is_reported(self):
+        F, chosen = self.chosen(-2.0)
+        assert variation(F, Linf(), ORIGIN[:, :2], chosen).max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kinks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def on_kinks(
+    d: int, N: int, m: int, touched: int, seed: int, loss: str = "exponential", activation: fs.MLP = fs.relu
+) -> tuple[Problem, Tensor]:
+    """A two-layer net with ``touched`` examples of each neuron exactly on their kinks, up to rounding."""
+    x, y = normal(N, d, seed=seed), torch.where(normal(N, seed=seed + 1) > 0, 1.0, -1.0)
+    problem = Problem(fs.MLP([d, m, 1], activation), x, y, loss=LOSSES[loss])
+    w = 0.5 * normal(1, problem.size, seed=seed + 2)
+    return problem, placed(w, x, m, touched, seed)
+
+
+def placed(w: Tensor, x: Tensor, m: int, touched: int, seed: int) -> Tensor:
+    first = w[0, : m * x.shape[1]].view(m, -1)
+    for j in range(m):
+        near = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed + j))[:touched]]
+        for _ in range(2):
+            first[j] -= torch.linalg.pinv(near) @ (near @ first[j])
+    return w
+
+
+def norms_of(problem: Problem) -> dict[str, Norm]:
+    root = normal(problem.size, problem.size, seed=77)
+    A = root @ root.T / problem.size + torch.eye(problem.size, dtype=torch.float64)
+    return {
+        "l2": L2(),
+        "mahalanobis": Mahalanobis(A),
+        "euclidean": Euclidean(L2(), {"W1": 2.0}),
+        "l1": L1(),
+        "linf": Linf(),
+        "l3": Lp(3.0),
+        "max": Max(L2()),
+        "modular": modular(problem.layout),
+    }
+
+
+NORMS = ["l2", "mahalanobis", "euclidean", "l1", "linf", "l3", "max", "modular"]
+QUADRATIC = NORMS[:3]
+
+
+def corner(problem: Problem, w: Tensor, chosen: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient with every attracting kink at 0, jumps times normals, normals, and which kinks these are."""
+    hinges = problem.hinges(w)
+    free = (hinges.z.abs()[0] < 1e-12) & (hinges.jump[0] < 0)
+    at = torch.where(free, 0.0, chosen.multipliers)
+    unit = torch.eye(len(free), dtype=torch.float64)[free]
+    n = torch.cat([hinges.combine(e[None]) for e in unit])
+    return hinges.gradient(at)[0], hinges.jump[0][free, None] * n, n, free
+
+
+def cvx_norm(cp, name: str, problem: Problem, norm: Norm, v):
+    if name in ("l1", "linf", "l2", "l3"):
+        return cp.pnorm(v, {"l1": 1, "linf": "inf", "l2": 2, "l3": 3}[name])
+    if name == "mahalanobis":
+        return cp.norm(torch.linalg.cholesky(norm.matrix).T.numpy() @ v)
+    parts = [v[b.slice] for b in problem.layout]
+    if name == "euclidean":
+        return cp.norm(cp.hstack([parts[0] / 2, parts[1]]))
+    if name == "max":
+        return cp.maximum(*[cp.norm(part) for part in parts])
+    return cp.maximum(*[cp.sigma_max(cp.reshape(v[b.slice], b.shape, order="C")) for b in problem.layout])
+
+
+SOLVED = {
+    "plain": dict(d=4, N=8, m=5, touched=2, seed=0),
+    "leaky": dict(d=4, N=8, m=5, touched=3, seed=10, activation=fs.leaky_relu(0.2)),
+    "squared": dict(d=3, N=10, m=6, touched=2, seed=20, loss="squared"),
+    "logistic": dict(d=5, N=12, m=6, touched=4, seed=30, loss="logistic"),
+}
+
+
+@pytest.mark.parametrize("case", SOLVED)
+@pytest.mark.parametrize("name", NORMS)
+class TestKinks:
+    def test_slope_is_the_optimum_of_a_convex_program(self, case, name):
+        """max ⟨b, u⟩ + Σ jump max(⟨n, u⟩, 0) over the ball, and a u that attains it without leaving the sides of D."""
+        cp = pytest.importorskip("cvxpy")
+        problem, w = on_kinks(**SOLVED[case])
+        norm = norms_of(problem)[name]
+        chosen = select(problem, norm, w)
+        b, jumps, n, free = corner(problem, w, chosen)
+        assert free.any()
+        v = cp.Variable(problem.size)
+        c = -torch.linalg.vecdot(jumps, n) / torch.linalg.vecdot(n, n)
+        slope = b.numpy() @ v - c.numpy() @ cp.pos(n.numpy() @ v)
+        best = cp.Problem(cp.Maximize(slope), [cvx_norm(cp, name, problem, norm, v) <= 1]).solve(solver="CLARABEL")
+        assert float(chosen.dual) == pytest.approx(best, rel=1e-6)
+        assert chosen.gap.abs() < 1e-9
+        D, along = chosen.multipliers[0, free], n @ chosen.direction[0]
+        assert ((D >= 0) & (D <= 1)).all()
+        assert along[(D > 0) & (D < 1)].abs().max(initial=0) if False else True
+        assert (along[D == 0] <= 1e-8).all()
+        assert (along[D == 1] >= -1e-8).all()
+        assert (along[(D > 0) & (D < 1)].abs() <= 1e-8).all()
+        assert norm.bind(problem.layout).value(chosen.direction) <= 1 + 1e-9
+
+    def test_slope_is_that_of_the_level(self, case, name):
+        problem, w = on_kinks(**SOLVED[case])
+        chosen = select(problem, norms_of(problem)[name], w)
+        rise = problem.lam(w + 1e-6 * chosen.direction) - problem.lam(w)
+        assert_close(rise / 1e-6, chosen.dual, 1e-4 * float(chosen.dual))
+
+    def test_no_other_multipliers_give_less(self, case, name):
+        problem, w = on_kinks(**SOLVED[case])
+        norm = norms_of(problem)[name].bind(problem.layout)
+        chosen = select(problem, norm, w)
+        free = corner(problem, w, chosen)[3]
+        for seed in range(50):
+            other = (chosen.multipliers + normal(1, len(free), seed=seed) * 10.0 ** -(seed % 4)).clamp(0, 1)
+            h = problem.hinges(w).gradient(torch.where(free, other, chosen.multipliers))
+            assert norm.dual(h) >= chosen.dual * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_multipliers_solve_the_box_program(name):
+    cp = pytest.importorskip("cvxpy")
+    problem, w = on_kinks(d=6, N=10, m=5, touched=3, seed=40)
+    norm = norms_of(problem)[name]
+    chosen = select(problem, norm, w)
+    b, jumps, _, free = corner(problem, w, chosen)
+    root = torch.eye(problem.size, dtype=torch.float64)
+    if name == "mahalanobis":
+        root = torch.linalg.inv(torch.linalg.cholesky(norm.matrix))
+    if name == "euclidean":
+        root[problem.layout[0].slice] *= 2
+    D = cp.Variable(len(jumps))
+    value = cp.sum_squares((root @ b).numpy() + (root @ jumps.T).numpy() @ D)
+    cp.Problem(cp.Minimize(value), [D >= 0, D <= 1]).solve(solver="CLARABEL", **TIGHT)
+    assert chosen.sliding.any()
+    assert_close(chosen.multipliers[0, free], torch.from_numpy(D.value), 1e-6)
