@@ -24,6 +24,7 @@ class Status(IntEnum):
     NONFINITE = 5
     STATIONARY = 6
     PRECISION_FLOOR = 7
+    EVENT = 8
 
     @property
     def sentence(self) -> str:
@@ -32,7 +33,7 @@ class Status(IntEnum):
     @property
     def resumable(self) -> bool:
         """Whether a later call may go on from here."""
-        return self <= Status.INTERRUPTED
+        return self <= Status.INTERRUPTED or self is Status.EVENT
 
 
 _SENTENCES = {
@@ -45,6 +46,7 @@ _SENTENCES = {
     Status.NONFINITE: "the next step gives NaN or infinite numbers; the state is the last finite one",
     Status.STATIONARY: "the gradient is exactly zero, so nothing moves",
     Status.PRECISION_FLOOR: "the step no longer changes the weights in this number format",
+    Status.EVENT: "stopped at an event that was asked for",
 }
 
 READINGS = ("steps", "lam", "log_time", "arclength", "relative", "dissipated")
@@ -72,6 +74,8 @@ class Segment:
     time_slope0: Float[Tensor, " B"] | None = None  # its derivative in u; None: linear
     time_slope1: Float[Tensor, " B"] | None = None
     bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
+    multipliers0: Float[Tensor, "B K"] | None = None  # of kinks, None for rules that do not select them
+    multipliers1: Float[Tensor, "B K"] | None = None
 
     def at(self, u: Float[Tensor, " B"]) -> tuple[Float[Tensor, "B P"], dict[str, Float[Tensor, " B"]]]:
         """Weights and readings inside the step; exact at both ends.
@@ -85,6 +89,21 @@ class Segment:
             inner = inner + 16 * (part * (1 - part)) ** 2 * self.bend
         w = torch.where(part <= 0, self.w0, torch.where(part >= 1, self.w1, inner))
         return w, {name: self.reading(name, u) for name in self.readings0}
+
+    def multipliers(self, u: Float[Tensor, " B"]) -> Float[Tensor, "B K"] | None:
+        """Multipliers of kinks inside the step; exact at both ends.
+
+        Linear for a pair that slides at both ends, constant for one that both ends show on the same side. NaN for
+        the others, which begin or cease to slide or cross: they are not known to be on a kink, and the sign of z
+        decides.
+        """
+        a, b = self.multipliers0, self.multipliers1
+        if a is None or b is None:
+            return None
+        part = u.to(a)[:, None]
+        slides = (torch.minimum(a, b) > 0) & (torch.maximum(a, b) < 1)
+        inner = torch.where(slides | (a == b), a + part * (b - a), torch.nan)
+        return torch.where(part <= 0, a, torch.where(part >= 1, b, inner))
 
     def reading(self, name: str, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         a, b = self.readings0[name], self.readings1[name]

@@ -22,7 +22,9 @@ def stepped(B=4):
     """A state with every part that a state can have, after a few accepted steps."""
     w0 = OBJECTIVE.net.init(range(B))
     state = fs.simulate(OBJECTIVE, fs.SteepestFlow(fs.L2()), w0, until=fs.steps(5)).final
-    return replace(state, multipliers=torch.arange(2.0 * B, dtype=torch.float64).view(B, 2))
+    multipliers = torch.arange(2.0 * B, dtype=torch.float64).view(B, 2)
+    ends = replace(state.segment, multipliers0=multipliers / 100, multipliers1=multipliers / 50)
+    return replace(state, multipliers=multipliers, segment=ends)
 
 
 def same(a, b):
@@ -83,6 +85,12 @@ def test_every_status_has_a_sentence_of_its_own():
     assert len(set(sentences)) == len(fs.Status)
 
 
+def test_the_codes_of_saved_states_keep_their_meaning():
+    names = "RUNNING DONE MAX_STEPS INTERRUPTED STEP_TOO_SMALL NONFINITE STATIONARY PRECISION_FLOOR EVENT"
+    assert [status.name for status in sorted(fs.Status)] == names.split()
+    assert [int(status) for status in sorted(fs.Status)] == list(range(9))
+
+
 def test_fresh_weights_start_with_clocks_at_zero_and_do_not_alias_the_input():
     w = OBJECTIVE.net.init([0, 1])
     state = fresh(OBJECTIVE, w)
@@ -97,7 +105,7 @@ def test_fresh_restarts_exactly_the_resumable(status):
     state = replace(stepped(1), status=torch.tensor([int(status)]))
     again = fresh(OBJECTIVE, state).statuses[0]
     assert again is (fs.Status.RUNNING if status.resumable else status)
-    resumable = {fs.Status.RUNNING, fs.Status.DONE, fs.Status.MAX_STEPS, fs.Status.INTERRUPTED}
+    resumable = {fs.Status.RUNNING, fs.Status.DONE, fs.Status.MAX_STEPS, fs.Status.INTERRUPTED, fs.Status.EVENT}
     assert status.resumable == (status in resumable)
 
 
@@ -192,3 +200,44 @@ def test_time_inside_a_step_is_exact_where_its_log_rate_is_linear(rates, start):
     s.readings0["log_time"], s.readings1["log_time"] = row(log_time(0.0)), row(log_time(1.0))
     for u in (1e-3, 0.3, 0.5, 0.99):
         assert float(s.reading("log_time", row(u))) == pytest.approx(log_time(u), abs=1e-8)
+
+
+# Multipliers of kinks inside a step
+
+
+MULTIPLIERS = {
+    "slides": (0.2, 0.6),
+    "keeps its multiplier": (0.3, 0.3),
+    "stays on the negative side": (0.0, 0.0),
+    "stays on the positive side": (1.0, 1.0),
+    "begins to slide": (0.0, 0.5),
+    "ceases to slide": (0.7, 1.0),
+    "crosses": (0.0, 1.0),
+}
+
+
+def kinked(B=3):
+    start, end = torch.tensor(list(MULTIPLIERS.values()), dtype=torch.float64).T
+    return replace(segment(B=B), multipliers0=start.repeat(B, 1), multipliers1=end.repeat(B, 1))
+
+
+def test_multipliers_are_exact_at_both_ends():
+    s = kinked()
+    assert torch.equal(s.multipliers(row(0, 0, 0)), s.multipliers0)
+    assert torch.equal(s.multipliers(row(1, 1, 1)), s.multipliers1)
+
+
+def test_multipliers_inside_are_known_where_both_ends_agree_and_else_nan():
+    nan = torch.nan
+    expected = [
+        row(0.3, 0.3, 0.0, 1.0, nan, nan, nan),
+        row(0.5, 0.3, 0.0, 1.0, nan, nan, nan),
+        kinked().multipliers1[0],
+    ]
+    found = kinked().multipliers(row(0.25, 0.75, 1.0))
+    assert torch.allclose(found, torch.stack(expected), rtol=0, atol=1e-15, equal_nan=True)
+    assert torch.equal(found[:2, 1:4], torch.stack(expected)[:2, 1:4])  # what is constant, to the last bit
+
+
+def test_a_step_without_multipliers_has_none_inside():
+    assert segment().multipliers(row(0.5, 0.5, 0.5)) is None
