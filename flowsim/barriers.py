@@ -332,8 +332,10 @@ def minimise_in_ball(
     Newton's method makes of it, ∇N_μ + H dg, whose gap is far smaller. Stops early where the gap no longer falls.
     """
     search = _PathFollowing(norm, outer, a, b)
-    p, mu = search.begin(start)
-    best, stale = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0), 0
+    # near the solution already, or from the centre of the ball
+    mu = 0.1 if start is None else 1e-7
+    p = outer.begin(b) if start is None else outer.inside(start, mu)
+    best, stale, hopeful = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0), 0, start is not None
     for count in range(1, max_steps + 1):
         step = search.step(p, mu)
         if step is None:
@@ -343,6 +345,10 @@ def minimise_in_ball(
         if best.gap <= tol or stale > (3 if best.gap < 1e-9 else 15) or mu < 1e-18:
             break
         p, mu = step.q, step.mu
+        if hopeful and step.length < 0.9 and best.gap > 100 * mu:
+            # not as close as it looked: back onto the central path further up
+            mu, hopeful = min(0.1, best.gap / 30), False
+            p = outer.inside(p, mu)
     return best
 
 
@@ -353,6 +359,7 @@ class _Step:
     gap: float
     q: Tensor
     mu: float
+    length: float
 
 
 @dataclass(frozen=True)
@@ -361,18 +368,6 @@ class _PathFollowing:
     outer: Outer
     a: Tensor
     b: Tensor
-
-    def begin(self, start: Tensor | None) -> tuple[Tensor, float]:
-        """p, and the μ whose v = ∇N_μ(Aᵀp) fits it best."""
-        if start is None:
-            return self.outer.begin(self.b), 0.1
-        trials = [10.0**-k for k in range(1, 8)]
-        gaps = [
-            self._gap(p := self.outer.inside(start, mu), smoothed(self.norm, p @ self.a, mu).gradient)
-            for mu in trials
-        ]
-        mu = trials[int(torch.tensor(gaps).argmin())]
-        return self.outer.inside(start, mu), mu
 
     def step(self, p: Tensor, mu: float) -> _Step | None:
         """A step of Newton's method from p at μ: the next p and μ, the best pair on the way; None if it fails."""
@@ -389,7 +384,7 @@ class _PathFollowing:
         v = v / self.norm.value(v).clamp_min(1.0)
         gap, witness = min(((self._gap(x, v), x) for x in (p, q)), key=lambda t: t[0])
         central = decrement < mu * max(1.0, 0.05 * len(p)) and length > 0.4
-        return _Step(v, witness, gap, q, 0.1 * mu if central else mu)
+        return _Step(v, witness, gap, q, 0.1 * mu if central else mu, length)
 
     def _newton(self, residual: Tensor, bend: Tensor, stiff: Tensor, missing: Tensor) -> Tensor | None:
         """d with (diag(bend) + AHAᵀ)d = −residual, on the simplex up to a multiplier of Σd = missing."""

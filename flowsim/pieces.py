@@ -652,7 +652,8 @@ def _rows(step: Callable[[Objective, State, int], State], objective: Objective, 
 def _memory(at: _Point, stalled: int) -> dict[str, Tensor]:
     rows = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h}
     numbers = {"dual": at.spot.dual, "stalled": float(stalled)}
-    return {name: at.spot.view.tensor(value) for name, value in (*rows.items(), *numbers.items())}
+    tensor = at.spot.view.tensor
+    return {name: tensor(row) for name, row in rows.items()} | {name: tensor(x) for name, x in numbers.items()}
 
 
 def _moved(state: State, here: _Point, middle: _Middle, end: _Point) -> State:

@@ -39,6 +39,8 @@ from flowsim.state import State, Status, march
 GAMMA = 1 - 0.5**0.5
 GROWTH = Clock("gradient", "arclength", lambda objective, lam, dual, size: dual)
 """The clock dτ = ds/‖h‖_*, on which the flow is w' = A⁻¹h."""
+DENSE = 600
+"""Up to so many pairs one dense factorisation is faster than one for each neuron."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Metric:
         """N A⁻¹Nᵀ in the groups of ``pack``."""
         if self.scales is not None:
             batch = torch.arange(len(net.x), device=net.x.device)[:, None, None, None]
-            blocks = self.scales[0] * net.xx[batch, pack.example[..., :, None], pack.example[..., None, :]]
+            same = pack.neuron[..., :, None] == pack.neuron[..., None, :]
+            inner = net.xx[batch, pack.example[..., :, None], pack.example[..., None, :]]
+            blocks = torch.where(same, self.scales[0] * inner, 0.0)
         else:
             normals = pack.normals(net, point.first[0].numel() + point.last[0].numel())
             blocks = (self.raised(normals) @ normals.mT)[:, None]
@@ -90,7 +94,7 @@ class Metric:
         """⟨n, A⁻¹n⟩ for every pair."""
         if self.scales is not None:
             return self.scales[0] * torch.diagonal(net.xx, dim1=-2, dim2=-1)[..., None].expand_as(point.z)
-        every = Pack.of(torch.ones_like(point.z, dtype=torch.bool), grouped=False)
+        every = Pack.of(torch.ones_like(point.z, dtype=torch.bool), separable=False)
         normals = every.normals(net, point.first[0].numel() + point.last[0].numel())
         return (normals * self.raised(normals)).sum(-1).view_as(point.z)
 
@@ -99,8 +103,8 @@ class Metric:
 class Pack:
     """The pairs that may slide in this step, in groups whose normals are A-orthogonal between groups.
 
-    ``example`` and ``neuron (B, G, c)`` name them; ``valid`` tells pairs from padding. One group a neuron where the
-    norm is a multiple on each layer, else all in one group.
+    ``example`` and ``neuron (B, G, c)`` name them, ``valid`` tells pairs from padding. Few pairs are in one group;
+    many are in one group a neuron, where the norm allows it.
     """
 
     example: Int[Tensor, "B G c"]
@@ -109,8 +113,9 @@ class Pack:
     shape: tuple[int, int]  # (N, m)
 
     @staticmethod
-    def of(mask: Bool[Tensor, "B N m"], grouped: bool) -> "Pack":
+    def of(mask: Bool[Tensor, "B N m"], separable: bool) -> "Pack":
         _, N, m = mask.shape
+        grouped = separable and int(mask.sum((1, 2)).max()) > DENSE
         rows = mask.mT if grouped else mask.flatten(1)[:, None]
         c = max(1, int(rows.sum(-1).max()))
         order = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :c]
@@ -188,29 +193,26 @@ class Damping:
         pulled = kernels.pullback(self.tape, inner.view_as(seen))
         return v - self.metric.raised(torch.cat([g.flatten(1) for g in pulled], 1))
 
-    def low_rank(self, factor: Tensor) -> LowRank:
-        return LowRank(factor, self.core, self.inverse)
-
 
 @dataclass(frozen=True)
 class Hold:
-    """How the forces of the packed kinks move their own coordinates: N A⁻¹Nᵀ in ``blocks (B, G, c, c)``, and
-    N A⁻¹JᵀF in ``coupling (B, G, c, R)``."""
+    """How the forces of the packed kinks move their own coordinates: N M Nᵀ = N A⁻¹Nᵀ − E V Eᵀ with E = N A⁻¹JᵀF,
+    as ``blocks (B, G, c, c)`` and, where there are several groups, a correction of low rank."""
 
     pack: Pack
     net: TwoLayer
     blocks: Float[Tensor, "B G c c"]
-    coupling: Float[Tensor, "B G c R"]
+    low_rank: LowRank | None
 
     @staticmethod
     def of(pack: Pack, damping: Damping, net: TwoLayer, point: Point) -> "Hold":
         metric = damping.metric
         coupling = _coupled(pack, damping, net) if metric.scales is None else _coupled_by_neuron(pack, damping, net)
         coupling = torch.where(pack.valid[..., None], coupling, 0.0)
-        return Hold(pack, net, metric.blocks(pack, net, point), coupling)
-
-    def low_rank(self, damping: Damping) -> LowRank:
-        return damping.low_rank(self.coupling)
+        blocks = metric.blocks(pack, net, point)
+        if coupling.shape[1] == 1:
+            return Hold(pack, net, blocks - coupling @ damping.core[:, None] @ coupling.mT, None)
+        return Hold(pack, net, blocks, LowRank(coupling, damping.core, damping.inverse))
 
     def along(self, v: Tensor) -> Tensor:
         return self.pack.along(self.net, v)
@@ -224,10 +226,10 @@ def _coupled_by_neuron(pack: Pack, damping: Damping, net: TwoLayer) -> Float[Ten
     assert damping.metric.scales is not None
     batch = torch.arange(len(net.x), device=net.x.device)[:, None, None]
     last, slopes = damping.tape.weights[1], damping.tape.slopes[0]
-    inner = net.xx[batch, pack.example] * slopes.mT[:, :, None, :]
+    inner = net.xx[batch, pack.example] * slopes.mT[batch, pack.neuron]
     root = damping.root.unflatten(1, (inner.shape[-1], -1))
     seen = [
-        last[:, k, :, None, None] * (inner.flatten(1, 2) @ root[:, :, k]).view(*inner.shape[:3], -1)
+        last[batch, k, pack.neuron][..., None] * (inner.flatten(1, 2) @ root[:, :, k]).view(*inner.shape[:3], -1)
         for k in range(last.shape[1])
     ]
     return damping.metric.scales[0] * sum(seen[1:], start=seen[0])
@@ -350,13 +352,13 @@ class Sliding:
         mask = self._within_reach(metric, net, point, first, tau)
         pack = Pack.of(mask, metric.scales is not None)
         hold = Hold.of(pack, damping, net, point)
-        z, low_rank, size = pack.take(point.z), hold.low_rank(damping), state.w.shape[1]
+        z, size = pack.take(point.z), state.w.shape[1]
 
         def stage(off: Tensor, far: Tensor, lead: Tensor, share: float, upper: Tensor, guess: Tensor) -> Any:
             """The k with ``z + τN(lead + share·k)`` consistent with forces in [0, upper], and the forces."""
             base = damping(metric.raised(off) - far)
             ahead = z / (share * h[..., None]) + hold.along(lead / share + base)
-            solution = boxqp.solve(hold.blocks, ahead, upper, low_rank, guess)
+            solution = boxqp.solve(hold.blocks, ahead, upper, hold.low_rank, guess)
             return damping(metric.raised(off - hold.combine(solution.force, size)) - far), solution
 
         zero, upper = torch.zeros_like(state.w), -pack.take(point.jump)

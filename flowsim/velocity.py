@@ -81,28 +81,42 @@ def select(
     """The velocity of the steepest flow at ``w``, row by row.
 
     ``multipliers`` strictly between 0 and 1 say that w sits on a kink, 0 and 1 on which side it is where z vanishes
-    up to rounding. ``tol`` is the relative tolerance of ties. A repelling kink keeps the side of its multiplier;
-    where that is undecided, the positive side from ½ on, the negative one without multipliers, and ``opposite``
-    takes the other.
+    up to rounding. ``tol`` is the relative tolerance of ties.
+
+    A repelling kink keeps the side of its multiplier if the velocity does. An undecided one, between 0 and 1, is
+    taken to the positive side from ½ on, and without multipliers to the negative side; ``opposite`` takes the other.
+    Where the velocity of that side enters the other one, so does the flow, and that side is taken instead.
     """
     norm = norm.bind(objective.layout)
     level, h = objective.ascent(w)
-    corners = [_Corner(g, g.new_zeros(0, len(g)), g[:0], torch.arange(0)) for g in h]
-    D = None
-    if objective.kinks:
-        hinges = objective.hinges(w)
-        D, corners = _corners(hinges, w, multipliers, opposite)
+    if not objective.kinks:
+        corners = [_Corner(g, g.new_zeros(0, len(g)), g[:0], torch.arange(0)) for g in h]
+        return _selection(norm, level, h, _directions(objective, norm, w, h, None, corners, tol), corners)
+    hinges = objective.hinges(w)
+    on, side = _sides(hinges, w, multipliers, opposite)
+    while True:
+        D, corners = _corners(hinges, on, side)
         for row, corner in enumerate(corners):
             D[row, corner.index] = _multipliers(norm, corner)
         h = hinges.gradient(D)
         cancelled = norm.dual(h) <= ZERO * norm.dual(torch.stack([corner.b for corner in corners]))
         h = torch.where(cancelled[:, None], 0.0, h)
-    u = _directions(objective, norm, w, h, D, corners, tol)
+        u = _directions(objective, norm, w, h, D, corners, tol)
+        # each turn raises the slope, so that this ends
+        turned = on & (hinges.jump * hinges.along(u) * (1 - 2 * side.to(u)) > 1e-9 * norm.dual(h)[:, None])
+        turned &= hinges.jump > 0
+        if not bool(turned.any()):
+            return _selection(norm, level, h, u, corners, D)
+        side = side ^ turned
+
+
+def _selection(
+    norm: Norm, level: Tensor, h: Tensor, u: Tensor, corners: list["_Corner"], D: Tensor | None = None
+) -> Selection:
     dual = norm.dual(h)
     slope = torch.stack([corner.slope(v) for corner, v in zip(corners, u, strict=True)])
     gap = torch.where(dual > 0, (dual - slope) / torch.where(dual > 0, dual, 1.0), 0.0)
-    sliding = None if D is None else (D > 0) & (D < 1)
-    return Selection(u, h, dual, level, gap, D, sliding)
+    return Selection(u, h, dual, level, gap, D, None if D is None else (D > 0) & (D < 1))
 
 
 def variation(
@@ -116,7 +130,10 @@ def variation(
     """
     norm = norm.bind(objective.layout)
     u, h, D = selection.direction, selection.ascent, selection.multipliers
-    corners = [] if D is None else _corners(objective.hinges(w), w, D, False)[1]
+    corners: list[_Corner] = []
+    if D is not None:
+        hinges = objective.hinges(w)
+        corners = _corners(hinges, *_sides(hinges, w, D, False))[1]
     bend = _hessian_along(objective, w, u, D)
     face = norm.face(h, tol)
     width = face.support(bend) + face.support(-bend)
@@ -133,21 +150,27 @@ def variation(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _corners(
+def _sides(
     hinges: Hinges, w: Tensor, stored: Tensor | None, opposite: bool
-) -> tuple[Float[Tensor, "B K"], list[_Corner]]:
-    """Multipliers of the kinks that w is not on or that repel, 0 for the others; and those others, row by row."""
+) -> tuple[Bool[Tensor, "B K"], Bool[Tensor, "B K"]]:
+    """Which kinks w is on, and the side of each: that of z, on the kink that of the rule in `select`."""
     inside = torch.zeros_like(hinges.z, dtype=torch.bool)
     side = torch.full_like(inside, opposite)
     if stored is not None:
         stored = stored.reshape(hinges.z.shape).to(hinges.z)
         inside = (stored > 0) & (stored < 1)
-        side = torch.where(inside, (stored >= 0.5) ^ opposite, stored >= 0.5)
+        side = (stored >= 0.5) ^ (inside & opposite)
     on = inside | (hinges.z.abs() <= _rounding(hinges, w))
+    return on, torch.where(on, side, hinges.z > 0)
+
+
+def _corners(
+    hinges: Hinges, on: Bool[Tensor, "B K"], side: Bool[Tensor, "B K"]
+) -> tuple[Float[Tensor, "B K"], list[_Corner]]:
+    """The attracting kinks that w is on, row by row, and the multipliers of all others, with 0 for these."""
     free = on & (hinges.jump < 0)
-    D = torch.where(on, side & ~free, hinges.z > 0).to(hinges.z)
-    b = hinges.gradient(D)
-    normals = _normals(hinges, free)
+    D = (side & ~free).to(hinges.z)
+    b, normals = hinges.gradient(D), _normals(hinges, free)
     index = [row.nonzero()[:, 0] for row in free]
     return D, [_Corner(b[i], normals[i], -hinges.jump[i, k], k) for i, k in enumerate(index)]
 
