@@ -201,7 +201,11 @@ class Rosenbrock:
         return replace(state, tallies=tallies)
 
     def _resized(self, state: State, before: dict[str, Tensor], excess: Tensor, dt: Tensor) -> State:
-        """The state with its next step size, by proportional and integral control (Gustafsson 1991)."""
+        """The state with its next step size, by proportional and integral control (Gustafsson 1991).
+
+        The proportional part is weak: along a step size that grows for ever, a strong one holds the error far below
+        the tolerance.
+        """
         accepted, excess = excess <= 1, excess.clamp_min(1e-6)
         power = 1 / self.pair.order
         grown = 0.9 * excess ** (-1.1 * power) * before["excess"] ** (0.2 * power)
@@ -229,7 +233,7 @@ def along(norm: Norm, path: Segment, dt: Float[Tensor, " B"]) -> dict[str, Float
     """∫‖dw‖, ∫‖dw‖/‖w‖ and ∫‖w'‖² dτ = ∫‖h‖_* ds of the cubic through both ends of a step, by Gauss quadrature."""
     gained = {name: torch.zeros_like(dt) for name in ("arclength", "relative", "dissipated")}
     for u, weight in zip((_NODES + 0.5).tolist(), _WEIGHTS.tolist(), strict=True):
-        w = hermite(torch.tensor(u).to(path.w0), path.w0, path.w1, path.slope0, path.slope1)
+        w = hermite(path.w0.new_tensor(u), path.w0, path.w1, path.slope0, path.slope1)
         slope = 6 * u * (1 - u) * (path.w1 - path.w0) + (1 - u) * (1 - 3 * u) * path.slope0
         speed = norm.value(slope + u * (3 * u - 2) * path.slope1).double()
         size = norm.value(w).double()
