@@ -313,7 +313,9 @@ def test_a_resumed_run_is_the_same_run():
 
 def test_a_step_size_of_another_method_is_not_taken_over():
     problem, w0 = linear()
-    explicit = fs.simulate(problem, fs.SteepestFlow(fs.L2()), w0, until=fs.lam(20.0, saves=2), strict=True)
+    explicit = fs.simulate(
+        problem, fs.SteepestFlow(fs.L2(), method=fs.DOPRI5), w0, until=fs.lam(20.0, saves=2), strict=True
+    )
     state = rule().start(problem, explicit.final)
     assert float(state.step_size * state.memory["velocity"].norm()) == pytest.approx(1e-3 * float(state.w.norm()))
     assert fs.simulate(problem, rule(), explicit.final, until=fs.lam(100.0, saves=2)).statuses == [Status.DONE]
