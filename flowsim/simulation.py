@@ -1,8 +1,7 @@
 """The one loop: advance a rule, read saves off its steps, observe, checkpoint, and stop for a stated reason."""
 
 import time as wallclock
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowsim.clocks import Clock, Schedule, Target
+from flowsim.events import Event, Watch, inside
 from flowsim.problem import Objective
 from flowsim.provenance import describe
 from flowsim.state import READINGS, Rule, State, Status
@@ -20,7 +20,9 @@ Observer = Callable[[Any, State], Tensor]
 
 _CHUNK = 256  # natural steps between looks at the wall clock, the progress bar and Ctrl-C
 _WEIGHTS_LIMIT = 2**24  # numbers; 128 MiB in float64
-_TAKEN = {*READINGS, "weights", "save", "trajectory"}  # the names of what a Trajectory has anyway, also on disk
+# the names of what a Trajectory has anyway, also on disk
+_TAKEN = {*READINGS, "weights", "save", "trajectory", "events"}
+_ASKED = (Status.DONE, Status.EVENT)  # how trajectories stop that have done what was asked for
 
 
 def simulate(
@@ -30,6 +32,7 @@ def simulate(
     *,
     until: Schedule,
     observe: Mapping[str, Observer] | None = None,
+    events: Mapping[str, Event] | None = None,
     max_steps: int = 1_000_000,
     progress: bool = False,
     strict: bool = False,
@@ -43,11 +46,15 @@ def simulate(
     reached the save point. ``observe`` maps names to functions of (problem, state) that return ``(B, …)``.
     Weights are kept at the save points while they are at most 2²⁴ numbers.
 
-    A trajectory that cannot go on stops with a `Status` and leaves NaN behind; the others go on. Ctrl-C returns
-    what there is. With ``strict=True`` any status but DONE raises `SimulationError`, which carries the Trajectory.
+    ``events`` maps names to `Event`s; ``run.events[name]`` says where each trajectory first comes to one. They are
+    looked for from where this run starts to the end of the last natural step, which may lie beyond the last save.
+
+    A trajectory that cannot go on stops with a `Status` and leaves NaN behind; the others go on. So does one that
+    stops at an event, with the status EVENT. Ctrl-C returns what there is. With ``strict=True`` any status but DONE
+    and EVENT raises `SimulationError`, which carries the Trajectory.
     With a ``directory``, the state is written there every ``checkpoint_seconds``, and the Trajectory at the end.
     """
-    _check_options(until, observe, max_steps)
+    _check_options(until, observe, events, max_steps)
     weights = w0.w if isinstance(w0, State) else w0
     problem.check_weights(weights)
     problem = problem.like(weights)
@@ -55,29 +62,33 @@ def simulate(
     state = rule.start(problem, w0)
     begun_with = state.attempts
     recorder = _Recorder(problem, until, state, dict(observe or {}))
+    watch = Watch(problem, dict(events or {}), state, until.clock)
     last_checkpoint, calls = began, 0
     with _bar(progress, rule, recorder) as bar:
         try:
             while True:
-                state = recorder.sample(state)
+                state = recorder.sample(state, watch.limit)
                 bar.update(recorder.progress() - bar.n)
                 # a call takes at least one step, so calls end the loop even where a rule does not count
                 left = max_steps - (state.attempts - begun_with).clamp_min(calls)
                 state = state.stopped(left <= 0, Status.MAX_STEPS)
                 if not bool(state.running.any()):
                     break
-                budget = min(_CHUNK, int(left[state.running].min()))
+                budget = 1 if events else min(_CHUNK, int(left[state.running].min()))
                 state, calls = rule.advance(problem, state, recorder.target(), budget), calls + 1
+                watch.look(state)
                 if directory is not None and wallclock.monotonic() - last_checkpoint > checkpoint_seconds:
                     save_state(state, Path(directory))
                     last_checkpoint = wallclock.monotonic()
         except KeyboardInterrupt:
             state = state.stopped(state.running, Status.INTERRUPTED)
     provenance = describe(problem, rule, weights) | {"seconds": wallclock.monotonic() - began}
-    run = recorder.trajectory(state, rule, provenance | {"max_steps": max_steps, "until": _words(until)})
+    provenance |= {"max_steps": max_steps, "until": _words(until)}
+    provenance |= {"events": {name: event.sentence for name, event in (events or {}).items()}}
+    run = recorder.trajectory(state, rule, provenance, watch)
     if directory is not None:
         run.save(directory)
-    if strict and any(s is not Status.DONE for s in run.statuses):
+    if strict and any(s not in _ASKED for s in run.statuses):
         raise SimulationError(run)
     return run
 
@@ -87,11 +98,11 @@ class SimulationError(RuntimeError):
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
-        failed = [f"trajectory {b}: {s.sentence}" for b, s in enumerate(trajectory.statuses) if s is not Status.DONE]
+        failed = [f"trajectory {b}: {s.sentence}" for b, s in enumerate(trajectory.statuses) if s not in _ASKED]
         super().__init__("; ".join(failed))
 
 
-def _check_options(until: Schedule, observe: Any, max_steps: int) -> None:
+def _check_options(until: Schedule, observe: Any, events: Any, max_steps: int) -> None:
     if not isinstance(until, Schedule):
         raise TypeError(f"simulate: got until={until!r}, expected a schedule, try until=flowsim.lam(100)")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
@@ -101,9 +112,23 @@ def _check_options(until: Schedule, observe: Any, max_steps: int) -> None:
             "simulate: got observe that is not a mapping from names to functions of (problem, state); "
             "try observe=flowsim.diagnostics.standard(problem)"
         )
-    for name in observe or {}:
-        if name in _TAKEN or name.startswith("tally_"):
-            raise ValueError(f"simulate: got an observer named {name!r}, expected a name that is not taken yet")
+    if events is not None and not (
+        isinstance(events, Mapping) and all(isinstance(event, Event) for event in events.values())
+    ):
+        raise TypeError(
+            "simulate: got events that are not a mapping from names to events; "
+            'try events={"separated": flowsim.Event(flowsim.diagnostics.accuracy, 1.0)}'
+        )
+    _check_names("observer", observe or {}, _TAKEN)
+    _check_names("event", events or {}, {*_TAKEN, *(observe or {})})
+
+
+def _check_names(kind: str, names: Iterable[Any], taken: set[str]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"simulate: got an {kind} named {name!r}, expected a word without '/'")
+        if name in taken or name.startswith("tally_"):
+            raise ValueError(f"simulate: got an {kind} named {name!r}, expected a name that is not taken yet")
 
 
 def _words(until: Schedule) -> str:
@@ -119,7 +144,7 @@ def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> Any:
 
 
 class _Recorder:
-    """Reads save points off states and keeps them: the one mutable thing in a simulation."""
+    """Reads save points off states and keeps them."""
 
     def __init__(self, problem: Objective, until: Schedule, state: State, observers: dict[str, Observer]) -> None:
         self.problem, self.observers = problem, observers
@@ -148,28 +173,25 @@ class _Recorder:
         """Each trajectory's next save point."""
         return Target(self.clock, self.targets[self.next.clamp_max(len(self.targets) - 1)])
 
-    def sample(self, state: State) -> State:
-        """Keep every save point that the last step has reached; trajectories that have them all are DONE."""
+    def sample(self, state: State, limit: Tensor) -> State:
+        """Keep every save point that the last step has reached, up to the clock's ``limit``, where an event stops a
+        trajectory. Those that have them all are DONE."""
+        shown = torch.minimum(state.readings[self.clock.reading], limit)
         while True:
             target = self.target()
-            shown = state.readings[self.clock.reading]
             due = (self.next < len(self.targets)) & (shown >= target.value)
             if not bool(due.any()):
                 break
             self._keep(self._read(state, target, due), due)
             self.next = self.next + due
-        return state.stopped(self.next == len(self.targets), Status.DONE)
+        return state.stopped(self.next == len(self.targets), Status.DONE).stopped(limit < torch.inf, Status.EVENT)
 
     def _read(self, state: State, target: Target, due: Tensor) -> State:
         """The state at the save point where one is due, elsewhere the state itself."""
         first = self.next == 0
         if state.segment is None or bool((due & first).any()):
             return state
-        u = torch.where(due, state.segment.locate(target), 1.0)
-        w, readings = state.segment.at(u)
-        # Λ of the weights that are saved, not of the interpolant
-        readings["lam"] = torch.where(u < 1, self.problem.lam(w).double(), readings["lam"])
-        return replace(state, w=w, readings=readings, memory={}, segment=None)
+        return inside(self.problem, state, torch.where(due, state.segment.locate(target), 1.0))
 
     def _keep(self, point: State, due: Tensor) -> None:
         rows, index = due.nonzero().squeeze(1).cpu().numpy(), self.next[due].cpu().numpy()
@@ -190,7 +212,7 @@ class _Recorder:
         if self.weights is not None:
             self.weights[index, rows] = point.w.detach().cpu().double().numpy()[rows]
 
-    def trajectory(self, state: State, rule: Rule, provenance: dict[str, Any]) -> Trajectory:
+    def trajectory(self, state: State, rule: Rule, provenance: dict[str, Any], watch: Watch) -> Trajectory:
         return Trajectory(
             values=self.values,
             weights=self.weights,
@@ -198,4 +220,5 @@ class _Recorder:
             label=rule.label,
             clock=self.clock.reading,
             provenance=provenance,
+            events={name: {k: v.cpu().numpy() for k, v in found.items()} for name, found in watch.found.items()},
         )

@@ -8,7 +8,7 @@ loading, and every file is written beside its place and moved into it.
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from flowsim.state import State, Status
 
 _STATE = Path("checkpoints") / "state.safetensors"
+_EVENTS = "events"  # the group of the values file that holds them
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Trajectory:
     ``run["lam"]`` is the value by name; the names are ``run.names``: the readings of the clocks, tallies as
     ``tally_…``, and what was observed. ``weights`` is ``(K, B, P)``, or None where that was too large to keep.
     ``clock`` names the reading that the save points are laid out on.
+
+    ``run.events["separated"]["lam"]`` is Λ where each trajectory came to that event, NaN where it did not; there are
+    all readings, and ``"value"``, what was measured there. Each is ``(B,)``.
     """
 
     values: dict[str, np.ndarray]
@@ -35,6 +39,7 @@ class Trajectory:
     label: str
     clock: str
     provenance: dict[str, Any]
+    events: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
@@ -66,6 +71,7 @@ class Trajectory:
             values={name: value[:, rows] for name, value in self.values.items()},
             weights=None if self.weights is None else self.weights[:, rows],
             final=self.final.select(torch.tensor(rows, device=self.final.w.device)),
+            events={name: {k: v[rows] for k, v in found.items()} for name, found in self.events.items()},
         )
 
     def save(self, directory: str | Path) -> Path:
@@ -95,6 +101,12 @@ class Trajectory:
                 data = file.create_dataset(name, data=array)
                 for axis, length in enumerate(array.shape):
                     data.dims[axis].attach_scale(_scale(file, name, axis, length))
+            events = file.create_group(_EVENTS, track_order=True)
+            for name, found in self.events.items():
+                group = events.create_group(name, track_order=True)
+                for key, array in found.items():
+                    data = group.create_dataset(key, data=array)
+                    data.dims[0].attach_scale(file["trajectory"])
 
 
 def _scale(file: Any, name: str, axis: int, length: int) -> Any:
@@ -114,7 +126,9 @@ def load(directory: str | Path) -> Trajectory:
         raise FileNotFoundError(f"load: {path} holds no run.json; expected a directory that Trajectory.save wrote")
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     with h5py.File(path / "trajectory.nc", "r") as file:
-        values = {name: data[()] for name, data in file.items() if not data.is_scale}
+        groups = {name: group for name, group in file.items() if isinstance(group, h5py.Group)}
+        values = {name: data[()] for name, data in file.items() if name not in groups and not data.is_scale}
+        events = {name: {k: v[()] for k, v in found.items()} for name, found in groups.get(_EVENTS, {}).items()}
     return Trajectory(
         values=values,
         weights=values.pop("weights", None),
@@ -122,6 +136,7 @@ def load(directory: str | Path) -> Trajectory:
         label=record["label"],
         clock=record["clock"],
         provenance=record["provenance"],
+        events=events,
     )
 
 
