@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
+    from flowsim.events import Event
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
     from flowsim.integrate import BOSH3, DOPRI5
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+    from flowsim.movement import MinimisingMovement
     from flowsim.nets import (
         MLP,
         Diagonal,
@@ -34,14 +36,19 @@ if TYPE_CHECKING:
     )
     from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Mahalanobis
     from flowsim.odeint import TorchDiffEq
-    from flowsim.problem import Problem, Quadratic
+    from flowsim.pieces import ExactPieces
+    from flowsim.problem import PiecewiseQuadratic, Problem, Quadratic
+    from flowsim.rosenbrock import ROS34PW2
     from flowsim.simulation import SimulationError, simulate
+    from flowsim.sliding import KinkImplicit
     from flowsim.state import State, Status
     from flowsim.trajectory import Trajectory, load
+    from flowsim.velocity import select
 
 _HOME = {
     "clocks": ["arclength", "lam", "steps", "time"],
     "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "SmallStep", "SteepestDescent"],
+    "events": ["Event"],
     "experiment": ["Experiment"],
     "flow": ["SteepestFlow"],
     "integrate": ["BOSH3", "DOPRI5"],
@@ -70,11 +77,16 @@ _HOME = {
     "norms": ["Frobenius", "L1", "L2", "Linf", "Lp", "Mahalanobis"],
     "matrix_norms": ["Nuclear", "Schatten", "Spectral"],
     "block_norms": ["Euclidean", "Max", "Sum", "modular"],
+    "movement": ["MinimisingMovement"],
     "odeint": ["TorchDiffEq"],
-    "problem": ["Problem", "Quadratic"],
+    "pieces": ["ExactPieces"],
+    "problem": ["PiecewiseQuadratic", "Problem", "Quadratic"],
+    "rosenbrock": ["ROS34PW2"],
     "simulation": ["SimulationError", "simulate"],
+    "sliding": ["KinkImplicit"],
     "state": ["State", "Status"],
     "trajectory": ["Trajectory", "load"],
+    "velocity": ["select"],
 }
 _MODULES = ["clocks", "data", "diagnostics", "plots"]
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from flowsim.clocks import ARCLENGTH, Clock, Target
 from flowsim.integrate import DOPRI5, Field, Method, Solver
+from flowsim.movement import MinimisingMovement
 from flowsim.norms import Norm
+from flowsim.pieces import ExactPieces
 from flowsim.problem import Objective
+from flowsim.rosenbrock import ROS34PW2
 from flowsim.sliding import KinkImplicit
 from flowsim.state import State, fresh
 
@@ -64,12 +67,18 @@ class SteepestFlow:
 
 
 def suited(norm: Norm, objective: Objective) -> Method:
-    """The method for a flow, from facts about its norm and objective."""
+    """The method that follows the flow of this objective in this (bound) norm, from facts about both."""
     if objective.kinks:
         return KinkImplicit()
-    if norm.ties:
-        raise ValueError(
-            f"SteepestFlow: the {norm.name} norm has ties, which no method follows on this problem; try "
-            f"flowsim.SmallStep(flowsim.{norm!r}) for the small-step path"
-        )
-    return DOPRI5
+    if objective.convex and norm.polyhedral:
+        return ExactPieces()
+    if norm.quadratic:
+        return ROS34PW2
+    if objective.convex:
+        return MinimisingMovement()
+    if not norm.ties:
+        return DOPRI5
+    raise ValueError(
+        f"SteepestFlow: the {norm.name} norm has ties, which no method follows on a net; try "
+        f"flowsim.SmallStep(flowsim.{norm!r}) for the small-step path"
+    )

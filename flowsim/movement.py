@@ -90,27 +90,35 @@ class Mover:
 
         Stops at a duality gap of ``tol``; on a curved ball v is then good to about its root.
         """
-        h = self._ascent(w)[1]
+        level, h = self._ascent(w)
         unit = eps * float(self.norm.dual(h))
         if not 0 < unit < math.inf:
-            return Movement(
-                w, torch.zeros_like(w), torch.zeros(self.duals).to(w), 0.0 if unit == 0 else math.inf, 0.0
-            )
-        at, newton, best = w, 0.0, None
-        level = self._ascent(w)[0]
+            nothing = torch.zeros(self.duals).to(w)
+            return Movement(w, torch.zeros_like(w), nothing, 0.0 if unit == 0 else math.inf, 0.0)
+        surrogate = self._surrogate(w)
+        if not surrogate.exact:
+            return self._sweeps(w, level, eps, unit, start, tol)
+        found = self._solve(surrogate, torch.zeros_like(w), eps, unit, start, tol)
+        return Movement(w + eps * found.v, found.v, found.p, found.gap, found.newton)
+
+    def _sweeps(self, w: Tensor, level: float, eps: float, unit: float, start: Tensor | None, tol: float) -> Movement:
+        """`move` where the surrogate only touches the loss: Newton's method, going back while the level falls."""
+        v, newton, gap = torch.zeros_like(w), 0, math.inf
         for _ in range(40):
-            surrogate = self._surrogate(at)
-            found = self._solve(surrogate, w - at, eps, unit, start, tol)
-            newton, start = newton + found.newton, found.p
-            moved = Movement(w + eps * found.v, found.v, found.p, found.gap, newton)
-            if surrogate.exact:
-                return moved
-            moved, level, done = self._accepted(w, eps, unit, best, moved, level, tol)
-            best, at = moved, moved.w
-            if done:
+            found = self._solve(self._surrogate(w + eps * v), -eps * v, eps, unit, start, 0.01 * tol)
+            start, newton, step, share = found.p, newton + found.newton, found.v - v, 1.0
+            now, h = self._ascent(w + eps * found.v)
+            while now < level - 1e-13 * abs(level) and share > 1e-3:
+                share /= 2
+                now, h = self._ascent(w + eps * (v + share * step))
+            v, level = v + share * step, now
+            # of a convex function, the linearisation at the end bounds what is left to gain
+            gap = float(self.norm.dual(h) - h @ v) * eps / unit
+            still = float(step.abs().amax()) < math.sqrt(tol) * float(v.abs().amax())
+            if gap < tol or still or share <= 1e-3:
                 break
-        assert best is not None
-        return best
+        assert start is not None
+        return Movement(w + eps * v, v, start, gap, newton)
 
     def _solve(
         self, s: _Surrogate, shift: Tensor, eps: float, unit: float, start: Tensor | None, tol: float
@@ -120,25 +128,7 @@ class Mover:
         outer: Outer = SoftMaximum(1 / unit) if s.soft else HalfSquare()
         scale = unit if s.soft else math.sqrt(unit)
         offset = offset - offset.amin() if s.soft else offset
-        tol = tol if s.exact else 0.01 * tol
         return minimise_in_ball(self.norm, outer, s.rows * (eps / scale), offset / scale, start=start, tol=tol)
-
-    def _accepted(
-        self, w: Tensor, eps: float, unit: float, best: Movement | None, new: Movement, level: float, tol: float
-    ) -> tuple[Movement, float, bool]:
-        """A sweep's result, drawn back to the last one until the level rises, and its gap for the loss itself."""
-        now, h = self._ascent(new.w)
-        before = torch.zeros_like(new.v) if best is None else best.v
-        share = 1.0
-        while now < level - 1e-13 * abs(level) and share > 1e-3:
-            share /= 2
-            v = before + share * (new.v - before)
-            new = replace(new, v=v, w=w + eps * v)
-            now, h = self._ascent(new.w)
-        # of convex functions, the linearisation at the end bounds what is left to gain
-        gap = float(self.norm.dual(h) - h @ new.v) * eps / unit
-        still = float((new.v - before).abs().amax()) < math.sqrt(tol) * float(new.v.abs().amax())
-        return replace(new, gap=gap), now, gap < tol or still or share <= 1e-3
 
     def _ascent(self, w: Tensor) -> tuple[float, Tensor]:
         level, h = self.objective.ascent(w[None])
@@ -207,6 +197,8 @@ class ImplicitSteps:
         rows = [torch.tensor([b], device=state.w.device) for b in range(len(state.w))]
         if not supported(field.norm):
             raise ValueError(f"MinimisingMovement does not know the norm {field.norm.name!r}; try a norm of flowsim")
+        if state.w.dtype != torch.float64:
+            raise ValueError(f"MinimisingMovement needs weights in float64, got {state.w.dtype}; try w.double()")
         begun = [self._begin(field, objective.select(row), state.select(row)) for row in rows]
         return tree_map(lambda *parts: torch.cat(parts), *begun)
 
@@ -227,13 +219,14 @@ class ImplicitSteps:
         """The state with the direction of a short movement, unless it comes from such steps."""
         tallies = {name: torch.zeros_like(state.step_size) for name in ("newton", "gap")} | state.tallies
         state = replace(state, tallies=tallies)
-        if "duals" in state.memory:
-            return state
         lam, h = objective.ascent(state.w)
         dual = float(field.norm.dual(h)[0])
+        mover = Mover(field.norm, objective, state.w)
+        if _resumes(state, mover.duals, dual):
+            return state
         rise = 1.0 if objective.logarithmic else abs(float(lam))
         size = 1e-3 * rise / dual if dual > 0 else 1.0
-        moved = Mover(field.norm, objective, state.w).move(state.w[0], size, None)
+        moved = mover.move(state.w[0], size, None)
         sample = replace(field, clock=ARCLENGTH).sample(objective, state.w, lam, h, moved.v[None])
         state = replace(
             state,
@@ -260,26 +253,27 @@ class ImplicitSteps:
             return self._judged(replace(state, tallies=tallies, step_size=state.step_size * min(factor, 0.9)), trial)
         tallies = _added(state, accepted=1.0, **counts)
         tallies["gap"] = tallies["gap"].clamp_min(trial.gap)
+        moved = self._moved(objective, replace(state, tallies=tallies), first, trial)
+        return self._judged(replace(moved, step_size=state.step_size * factor), trial)
+
+    def _moved(self, objective: Objective, state: State, first: Sample, trial: "Trial") -> State:
+        """The state after an accepted step."""
         dt = torch.full_like(state.step_size, trial.length)
-        gained = {name: trial.length * trial.mean(name, first) for name in first.rates}
         elapsed = log_elapsed_in(objective, first, trial.last, dt)
-        readings = state.readings | {name: state.readings[name] + gain for name, gain in gained.items()}
-        readings |= {
+        readings = {
             "steps": state.readings["steps"] + 1,
             "lam": trial.last.lam,
             "log_time": torch.logaddexp(state.readings["log_time"], elapsed),
             "arclength": state.readings["arclength"] + dt,
+            **{name: state.readings[name] + dt * trial.mean(name, first) for name in ("relative", "dissipated")},
         }
-        moved = replace(
+        return replace(
             state,
             w=trial.w[None],
             readings=readings,
-            tallies=tallies,
             memory=remember(trial.last) | {"duals": trial.duals[None]},
-            step_size=state.step_size * factor,
+            segment=segment(objective, state, trial.w[None], first, trial.last, dt, readings),
         )
-        step = segment(objective, state, moved.w, first, trial.last, dt, readings)
-        return self._judged(replace(moved, segment=step), trial)
 
     def _excess(self, field: Field, objective: Objective, state: State, first: Sample, trial: "Trial") -> float:
         """The error over its tolerance; infinite where the step is no good."""
@@ -358,6 +352,13 @@ def _soft_margin(norm: Norm, objective: Objective, lam: Tensor, w: Float[Tensor,
         return -1.0
     size = float(norm.value(w)[0])
     return float(objective.loss.soft_minimum(lam)[0]) / size if size > 0 else -1.0
+
+
+def _resumes(state: State, duals: int, dual: float) -> bool:
+    """Whether the state comes from such steps, of the same problem in the same norm."""
+    memory = state.memory
+    known = "duals" in memory and memory["duals"].shape[1] == duals
+    return known and math.isclose(float(memory["dual"]), dual, rel_tol=1e-6)
 
 
 def _added(state: State, **counts: float) -> dict[str, Tensor]:

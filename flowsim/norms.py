@@ -315,10 +315,17 @@ class Mahalanobis(Norm):
         return self._eigenvalues.to(v).sqrt()
 
     def _rotate(self, v: Tensor) -> Tensor:
-        return v if self._basis is None else v @ self._basis.to(v)
+        return v if self._basis is None else _times(v, self._basis.to(v))
 
     def _back(self, u: Tensor) -> Tensor:
-        return u if self._basis is None else u @ self._basis.to(u).mT
+        return u if self._basis is None else _times(u, self._basis.to(u).mT)
+
+
+def _times(v: Float[Tensor, "*batch P"], matrix: Float[Tensor, "P P"]) -> Float[Tensor, "*batch P"]:
+    """v·matrix with every row rounded alike: BLAS adds up a single row in another order than several."""
+    rows = v.reshape(-1, v.shape[-1])
+    product = rows.expand(2, -1) @ matrix if len(rows) == 1 else rows @ matrix
+    return product[: len(rows)].view(v.shape)
 
 
 def scaled(v: Tensor) -> tuple[Tensor, Tensor]:

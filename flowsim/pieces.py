@@ -205,20 +205,21 @@ class _Root(NamedTuple):
 class _Inverse:
     """(AᵀA)⁺ and A⁺ of a matrix A (R, k): by Cholesky where A is well conditioned, else by singular values."""
 
-    def __init__(self, A: Float[Array, "R k"]) -> None:
+    def __init__(self, A: Float[Array, "R k"], scale: float) -> None:
+        """``scale``: the size of the numbers whose differences A holds."""
         self.A = A
         self.factor = None
         gram = A.T @ A
         try:
             factor = cho_factor(gram, lower=True, check_finite=False)
             pivots = np.diag(factor[0])
-            if not len(pivots) or pivots.min() > 1e-5 * pivots.max():
+            if not len(pivots) or pivots.min() > 1e-5 * max(pivots.max(), scale):
                 self.factor = factor
                 return
         except np.linalg.LinAlgError:
             pass
         u, s, vt = svd(A, full_matrices=False, lapack_driver="gesvd")
-        kept = s > 1e-12 * s.max(initial=0.0)
+        kept = s > 1e-12 * scale
         self.parts = u[:, kept], s[kept], vt[kept]
 
     def newton(self, r: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -284,20 +285,20 @@ class _View:
 
         It starts with the inverse from a point near by, and takes a new one where errors fall by less than a fifth.
         """
-        off, fresh = np.inf, False
+        off, fresh, near = np.inf, False, False
         for _ in range(16):
             point = _Point(_Spot(self, w), face, s)
             slope = face.restrict(point.spot.h[face.free])
             last, off = off, np.abs(slope).max(initial=0.0) / max(point.spot.dual, 1e-300)
-            if off <= 0.1 * point.spot.noise:
+            if off <= 0.1 * point.spot.noise or (fresh and near and off > 0.2 * last):
                 return point
-            if not np.isfinite(off + point.spot.lam) or (fresh and off > last and off > 1e-6):
+            if not np.isfinite(off + point.spot.lam) or (fresh and off > last):
                 return None
             if off > 0.2 * last:
-                if fresh and off < 1e-7:  # as near as rounding lets it come
-                    return point
                 inverse, fresh = point.inverse, True
-            w = w + face.expand(inverse.newton(slope))
+            move = face.expand(inverse.newton(slope))
+            near = off < 1e-7 or np.abs(move).max() <= 64 * _EPS * np.abs(w).max()  # about as near as rounding allows
+            w = w + move
         return None
 
 
@@ -325,7 +326,8 @@ class _Point:
 
     @cached_property
     def inverse(self) -> _Inverse:
-        return _Inverse(self.face.restrict(self.spot.root.columns(self.face.free)))
+        columns = self.spot.root.columns(self.face.free)
+        return _Inverse(self.face.restrict(columns), float(np.sqrt((columns**2).sum(0).max(initial=0.0))))
 
     @cached_property
     def u(self) -> Float[Array, " P"]:
@@ -374,11 +376,11 @@ def _next(point: _Point, level: Float[Array, "3 P"] | float) -> _Point:
     are tried first, with those that keep a share.
     """
     face, spot, P = point.face, point.spot, len(point.face.code)
-    ball, noise = face.ball, spot.noise
-    new = ((point.clearance - level)[:2] <= 2 * noise).ravel()
-    tied = new | (point.clearance[:2] <= 64 * noise).ravel() | face.in_use.ravel()
+    ball, noise = face.ball, point.noise / 32
+    new = ((point.clearance - level)[:2] <= noise).ravel()
+    tied = new | (point.clearance[:2] <= 32 * noise).ravel() | face.in_use.ravel()
     share = face.mixture(point.u).ravel()
-    tried = (share > 8 * noise) | new
+    tried = (share > 4 * noise) | new
     group, corner = np.tile(ball.group, 2), np.concatenate([ball.scale, -ball.scale])
     several = (np.bincount(group[tied | tried], minlength=len(ball.starts)) > 1)[group]
     alone = tried & ~several
@@ -479,7 +481,7 @@ class Pieces:
             first = np.zeros(len(spot.w), dtype=np.int64)  # from the steepest corner of each group
             leaders = np.lexsort((-ball.scale * np.abs(spot.h), ball.group))[ball.starts]
             first[leaders] = np.where(spot.h[leaders] < 0, -1, 1)
-            here = _next(_Point(spot, _Face(ball, first), 0.0), 62 * spot.noise)
+            here = _next(_Point(spot, _Face(ball, first), 0.0), 62 * spot.noise)  # all that are equal to rounding
             state = replace(state, step_size=view.tensor(self._guess(here)))
         still = _Time((-np.inf, -np.inf), (0.0, 0.0), 0.0, -np.inf)
         readings = state.readings | {"lam": view.tensor(spot.lam)}
@@ -497,7 +499,7 @@ class Pieces:
     def _step(self, view: _View, state: State) -> State:
         """One attempt."""
         here = view.recall(state)
-        slack = 128 * here.spot.noise  # what is zero to rounding now may stay so
+        slack = 2 * here.noise  # what is zero to rounding now may stay so
         level = np.where(here.clearance > slack, 0.0, np.minimum(here.clearance, 0.0) - slack)
         end, over = _end(view, here, level, self._reach(here, level, float(state.step_size)))
         if end is None:
@@ -550,7 +552,7 @@ def _end(view: _View, here: _Point, level: Array, ds: float) -> tuple[_Point | N
             return None, False
         over = point.clearance - level
         visited.append((s, over))
-        if abs(over.min()) <= point.spot.noise:
+        if abs(over.min()) <= point.noise / 64:
             return point, True
         low, high = (low, point) if over.min() < 0 else (point, high)
     return high, True
@@ -614,7 +616,7 @@ class _Time(NamedTuple):
         """log dt/ds = Λ − log ‖h‖_*, without Λ where the level is not the logarithm of a loss."""
         view, ds, spots = middle.view, end.s - here.s, (here.spot, middle, end.spot)
         lams, duals = np.array([p.lam for p in spots]), np.array([p.dual for p in spots])
-        a, m, b = np.log(duals)
+        a, m, b = np.log(np.maximum(duals, 1e-300))
         if view.objective.logarithmic:
             rates = lams - [a, m, b] + np.log(ds)
             slopes = ds * duals - [4 * m - 3 * a - b, b - a, a - 4 * m + 3 * b]
@@ -682,11 +684,16 @@ def _refused(view: _View, state: State, size: float, here: _Point) -> State:
 
 
 def _judged(state: State, at: _Point) -> State:
-    """The state, stopped where it cannot go on: a flow that ends is about ‖h‖_*/‖Cu‖² short of it."""
-    floor = 4 * _EPS * float(np.abs(at.spot.w).max())
-    over = at.spot.dual / at.bend <= 64 * floor
-    state = state.stopped(torch.full_like(state.running, over), Status.STATIONARY)
-    return state.stopped(~(state.step_size > floor), Status.STEP_TOO_SMALL)
+    """The state, stopped where it cannot go on. A flow that ends does so about ‖h‖_*/‖Cu‖² further on."""
+    left, size = at.spot.dual / at.bend, float(np.abs(at.spot.w).max())
+    stuck, blind = not float(state.step_size) > 4 * _EPS * size, at.noise > 1e-2
+    if left <= 256 * _EPS * size or ((blind or stuck) and left <= 1e-6 * size):
+        status = Status.STATIONARY
+    elif blind:
+        status = Status.PRECISION_FLOOR
+    else:
+        status = Status.STEP_TOO_SMALL if stuck else Status.RUNNING
+    return state.stopped(state.running, status)
 
 
 def _counted(view: _View, state: State) -> State:

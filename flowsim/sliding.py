@@ -34,7 +34,7 @@ from flowsim.kernels.reference import Tape
 from flowsim.kinks import Point, TwoLayer
 from flowsim.norms import L2, Norm
 from flowsim.problem import Objective, Problem
-from flowsim.state import State, Status, march
+from flowsim.state import Segment, State, Status, march
 
 GAMMA = 1 - 0.5**0.5
 GROWTH = Clock("gradient", "arclength", lambda objective, lam, dual, size: dual)
@@ -281,12 +281,15 @@ class Sliding:
         sliding = _count(_between(multipliers))
         state = replace(
             state,
-            step_size=torch.where(torch.isfinite(state.step_size), state.step_size, 1e-3),
+            # step sizes of other methods are on other clocks
+            step_size=state.step_size if "paused" in state.memory else torch.full_like(state.step_size, 1e-3),
             readings=state.readings | {"lam": sample.lam},
             tallies=state.tallies | extra | {"gradients": state.tallies["gradients"] + count, "sliding": sliding},
             memory=remember(sample) | {"paused": torch.zeros_like(count)},
             multipliers=multipliers.flatten(1),
-            segment=segment(problem, state, state.w, sample, sample, torch.zeros_like(count)),
+            segment=_held(
+                segment(problem, state, state.w, sample, sample, torch.zeros_like(count)), multipliers, multipliers
+            ),
         )
         return state.stopped(sample.dual == 0, Status.STATIONARY)
 
@@ -326,7 +329,12 @@ class Sliding:
             "rejected": state.tallies["rejected"] + 1 - yes,
         }
         gained = {"sliding": _count(_between(multipliers)), "releases": tallies["releases"] + _count(released)}
-        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=tallies | gained)
+        moved = replace(
+            moved,
+            multipliers=multipliers.flatten(1),
+            tallies=tallies | gained,
+            segment=_held(moved.segment, state.multipliers, multipliers),
+        )
         state = moved.where(accepted, replace(state, tallies=tallies))
         return self._judged(state, excess)
 
@@ -478,6 +486,12 @@ def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
             "net with kinks; try flowsim.SmallStep for the small-step path"
         )
     return objective, Metric.of(field.norm)
+
+
+def _held(step: Segment | None, start: Tensor, end: Tensor) -> Segment:
+    """The step with the multipliers at both ends."""
+    assert step is not None
+    return replace(step, multipliers0=start.flatten(1), multipliers1=end.flatten(1))
 
 
 def _share(force: Tensor, upper: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linprog
+from scipy.optimize import linprog, lsq_linear
 from torch import Tensor
 
 from flowsim.faces import Face
@@ -161,6 +161,7 @@ def _sides(
         inside = (stored > 0) & (stored < 1)
         side = (stored >= 0.5) ^ (inside & opposite)
     on = inside | (hinges.z.abs() <= _rounding(hinges, w))
+    on &= hinges.along(_probe(w).expand_as(w)) != 0  # a normal that is zero makes no kink
     return on, torch.where(on, side, hinges.z > 0)
 
 
@@ -183,6 +184,11 @@ def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> Float[Tensor, "B K"
     return ROUNDING * torch.finfo(w.dtype).eps * size
 
 
+def _probe(w: Tensor) -> Float[Tensor, " P"]:
+    """A fixed vector that is orthogonal to nothing by accident."""
+    return torch.randn(w.shape[1:], generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device)
+
+
 def _normals(hinges: Hinges, free: Bool[Tensor, "B K"]) -> list[Float[Tensor, "k P"]]:
     """Normals of the free kinks of each row, one kink of every row at a time."""
     count, order = free.sum(-1), free.int().argsort(stable=True, dim=-1, descending=True)
@@ -199,9 +205,24 @@ def _multipliers(norm: Norm, corner: _Corner) -> Float[Tensor, " K"]:
     if not scale > 0:
         return torch.zeros_like(corner.c)  # no gradient is shorter than zero
     scaled = _Corner(corner.b / scale, corner.n, corner.c / scale, corner.index)
-    D = _linear_program(scaled, norm) if isinstance(norm, L1 | Linf) else _saddle(scaled, norm)
+    solve = _least_squares if norm.quadratic else _linear_program if isinstance(norm, L1 | Linf) else _saddle
+    D = solve(scaled, norm)
     D = torch.where(D < END, 0.0, D)
     return torch.where(D > 1 - END, 1.0, D)
+
+
+def _least_squares(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
+    """In a quadratic norm ‖h‖_*² = ⟨h, A⁻¹h⟩: bounded least squares, exact on its active set."""
+    g = torch.cat([corner.b[None], corner.c[:, None] * corner.n])
+    size = norm.dual(g)
+    g = g / torch.where(size > 0, size, 1.0)[:, None]
+    gram = g @ (norm.dual(g)[:, None] * norm.steepest(g)).mT
+    values, basis = torch.linalg.eigh(0.5 * (gram + gram.mT))
+    root = (values.clamp_min(0).sqrt() * basis).cpu().numpy()  # its rows have the same Gram matrix
+    most = size[1:].cpu().numpy()
+    # D in units that make all columns alike
+    done = lsq_linear(root[1:].T, size[0].item() * root[0], (0.0, most), method="bvls", tol=1e-15, max_iter=10**5)
+    return torch.from_numpy(done.x / most).to(corner.b).clamp(0, 1)
 
 
 def _linear_program(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
@@ -250,7 +271,7 @@ def _directions(
     if not norm.ties:
         return norm.steepest(h)
     face, u = norm.face(h, tol), norm.steepest(h)
-    probe = torch.randn(w.shape[1:], generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device)
+    probe = _probe(w)
     width = face.support(probe.expand_as(w)) + face.support(-probe.expand_as(w))
     tied = (width > 1e-9 * norm.dual(probe)) & (norm.dual(h) > 0)
     if bool(tied.any()):
@@ -308,9 +329,9 @@ def _hessian_along(objective: Objective, w: Tensor, u: Tensor, D: Tensor | None)
     def gradient(at: Tensor) -> Tensor:
         return objective.ascent(at)[1] if D is None else objective.hinges(at).gradient(D)
 
-    largest = u.abs().amax(-1, keepdim=True)
-    t = torch.finfo(w.dtype).eps ** (1 / 3) * w.abs().amax(-1, keepdim=True) / torch.where(largest > 0, largest, 1.0)
-    return (gradient(w - t * u) - gradient(w + t * u)) / (2 * torch.where(t > 0, t, 1.0))
+    size, reach = w.abs().amax(-1, keepdim=True), u.abs().amax(-1, keepdim=True)
+    t = torch.finfo(w.dtype).eps ** (1 / 3) * torch.where(size > 0, size, 1.0) / torch.where(reach > 0, reach, 1.0)
+    return (gradient(w - t * u) - gradient(w + t * u)) / (2 * t)
 
 
 # ---------------------------------------------------------------------------------------------------------------

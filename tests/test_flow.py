@@ -9,6 +9,11 @@ from scipy.optimize import brentq
 from scipy.special import expi
 
 import flowsim as fs
+from flowsim.flow import suited
+from flowsim.movement import MinimisingMovement
+from flowsim.pieces import ExactPieces
+from flowsim.rosenbrock import ROS34PW2
+from flowsim.sliding import KinkImplicit
 from flowsim.clocks import ARCLENGTH, LAM, RELATIVE, TIME
 
 # One example, linear model, exponential loss, in any norm: with G the gradient of its margin q,
@@ -169,7 +174,8 @@ def test_the_flow_into_a_bowl_in_time(objective, clock):
 
 
 def test_the_flow_into_a_bowl_in_arclength():
-    run = fs.simulate(BOWL, fs.SteepestFlow(fs.L2()), STARTS, until=fs.arclength(3.0, saves=7), strict=True)
+    flow = fs.SteepestFlow(fs.L2(), rtol=1e-6, method=fs.DOPRI5)
+    run = fs.simulate(BOWL, flow, STARTS, until=fs.arclength(3.0, saves=7), strict=True)
     r = (STARTS - TARGET).numpy()
     size = np.linalg.norm(r, axis=1)
     s = np.linspace(0, 3, 7)[:, None]
@@ -225,10 +231,26 @@ def test_a_norm_with_ties_is_refused_and_the_small_step_path_is_named(norm):
         fs.simulate(SMOOTH, fs.SteepestFlow(norm), SMOOTH.net.init(0), until=fs.lam(1.0))
 
 
-@pytest.mark.parametrize("norm", [fs.Spectral(), fs.Nuclear()], ids=lambda n: n.name)
-def test_a_matrix_norm_with_ties_is_refused(norm):
-    with pytest.raises(ValueError, match=r"norm has ties.*try flowsim\.SmallStep"):
-        fs.simulate(ONE, fs.SteepestFlow(norm), W0, until=fs.lam(1.0))
+NET = fs.Problem(fs.Diagonal(3), torch.eye(3).double(), [1, -1, 1], fs.logistic)
+
+
+@pytest.mark.parametrize(
+    ("problem", "norm", "method"),
+    [
+        (KINKED, fs.L2(), KinkImplicit()),
+        (KINKED, fs.Euclidean(fs.Frobenius()), KinkImplicit()),
+        (ONE, fs.Linf(), ExactPieces()),
+        (BOWL, fs.L1(), ExactPieces()),
+        (ONE, fs.L2(), ROS34PW2),
+        (NET, fs.L2(), ROS34PW2),
+        (ONE, fs.Spectral(), MinimisingMovement()),
+        (BOWL, fs.Lp(4.0), MinimisingMovement()),
+        (NET, fs.Lp(4.0), fs.DOPRI5),
+    ],
+    ids=str,
+)
+def test_the_method_follows_from_norm_and_problem(problem, norm, method):
+    assert suited(norm.bind(problem.layout), problem) == method
 
 
 def test_a_linear_model_has_no_kinks_whatever_its_activation():

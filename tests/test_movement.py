@@ -321,6 +321,22 @@ def test_an_inner_solver_that_fails_stops_the_trajectory(monkeypatch):
     assert run.statuses[0] in (fs.Status.STEP_TOO_SMALL, fs.Status.MAX_STEPS)
 
 
+def test_a_state_of_another_norm_is_begun_anew():
+    problem = classes()
+    there = fs.simulate(problem, flow(fs.Spectral(), 1e-2), start_at_zero(problem), until=fs.lam(5.0, 2)).final
+    state = flow(fs.Nuclear(), 1e-2).start(problem, there)
+    bound = fs.Nuclear().bind(problem.layout)
+    torch.testing.assert_close(state.memory["dual"], bound.dual(problem.ascent(there.w)[1]))
+    run = fs.simulate(problem, flow(fs.Nuclear(), 1e-2), there, until=fs.lam(8.0, 2), strict=True)
+    assert float(run.final.readings["lam"]) >= 8
+
+
+def test_single_precision_is_refused():
+    problem = classes()
+    with pytest.raises(ValueError, match="float64"):
+        flow(fs.L1()).start(problem.like(torch.zeros(1)), torch.zeros(1, problem.size))
+
+
 def test_what_is_not_convex_is_refused():
     net = fs.Problem(fs.MLP([3, 4, 1], activation=fs.square), FIXTURE, [1, 1, 1], fs.exponential)
     with pytest.raises(ValueError, match="convex"):

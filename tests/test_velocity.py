@@ -147,7 +147,7 @@ def face_program(name: str, h: Tensor, H: Tensor) -> Tensor:
     cp = pytest.importorskip("cvxpy")
     g = h.numpy()
     v = cp.Variable(12)
-    U, s, Vt = torch.linalg.svd(h.view(SHAPE[name] if len(SHAPE[name]) == 2 else (3, 4)))
+    U, _, Vt = torch.linalg.svd(h.view(SHAPE[name] if len(SHAPE[name]) == 2 else (3, 4)))
     if name == "l1":
         top = abs(g) >= 1 - 1e-12
         face = [v[~top] == 0, cp.multiply(torch.sign(h).numpy(), v)[top] >= 0, torch.sign(h).numpy() @ v == 1]
@@ -276,20 +276,20 @@ class TestLinearModels:
 class TestBranches:
     """The variational inequality of a right derivative, for Hessians of either sign along a free coordinate."""
 
-    def chosen(self, free: float) -> tuple[PiecewiseQuadratic, Selection]:
-        """h = (1, 0) in ℓ∞: u = (1, u₂)."""
-        H = torch.tensor([[0.1, 0.5], [0.5, free]], dtype=torch.float64)
-        F = PiecewiseQuadratic([-1.0, 0.0], [[1.0, 0.0]], [0.1], H)
-        return F, select(F, Linf(), ORIGIN[:, :2])
+    def residual(self, first: float, free: float) -> tuple[Tensor, Tensor]:
+        """h = (1, 0) in ℓ∞, so that u = (1, u₂), and ⟨Hu, v − u⟩ ≥ 0 wants u₂ = −1/(2 free) inside [−1, 1]."""
+        H = torch.tensor([[first, 0.5], [0.5, free]], dtype=torch.float64)
+        F, w = PiecewiseQuadratic([-1.0, 0.0], [[1.0, 0.0]], [0.1], H), ORIGIN[:, :2]
+        chosen = select(F, Linf(), w)
+        return chosen.direction, variation(F, Linf(), w, chosen)
 
     def test_attracting_tie_slides(self):
-        F, chosen = self.chosen(2.0)
-        assert_close(chosen.direction, [[1.0, -0.25]])
-        assert variation(F, Linf(), ORIGIN[:, :2], chosen).abs().max() < 1e-9
+        u, residual = self.residual(1.0, 2.0)
+        assert_close(u, [[1.0, -0.25]])
+        assert_close(residual, [0.0])
 
-    def test_repelling_tie_is_reported(self):
-        F, chosen = self.chosen(-2.0)
-        assert variation(F, Linf(), ORIGIN[:, :2], chosen).max() > 0.1
+    def test_a_choice_that_an_indefinite_hessian_spoils_is_reported(self):
+        assert self.residual(0.1, 0.2)[1] > 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -424,3 +424,120 @@ def test_multipliers_solve_the_box_program(name):
     cp.Problem(cp.Minimize(value), [D >= 0, D <= 1]).solve(solver="CLARABEL", **TIGHT)
     assert chosen.sliding.any()
     assert_close(chosen.multipliers[0, free], torch.from_numpy(D.value), 1e-6)
+
+
+class TestSides:
+    """F = −max(w₁, 0) − w₂: a kink that repels. Leaving it to the positive side falls, the negative side is level."""
+
+    RIDGE = PiecewiseQuadratic([0.0, -1.0], [[1.0, 0.0]], [-1.0], torch.zeros(2, 2))
+    SADDLE = PiecewiseQuadratic([0.5, -1.0], [[1.0, 0.0]], [-1.0])
+
+    @pytest.mark.parametrize("norm", [L2(), Linf()], ids=lambda n: n.name)
+    def test_undecided_sides_follow_the_rule_and_the_option_flips_it(self, norm):
+        at = lambda D, **options: select(self.SADDLE, norm, ORIGIN[:, :2], D, **options)
+        D = lambda value: torch.full((1, 1), value, dtype=torch.float64)
+        expected = [
+            (at(None), 0.0),
+            (at(None, opposite=True), 1.0),
+            (at(D(0.4)), 0.0),
+            (at(D(0.6)), 1.0),
+            (at(D(0.6), opposite=True), 0.0),
+            (at(D(0.0), opposite=True), 0.0),
+            (at(D(1.0), opposite=True), 1.0),
+        ]
+        for chosen, side in expected:
+            assert chosen.multipliers.item() == side
+            assert (chosen.direction[0, 0] > 0) == bool(side)
+            assert not chosen.sliding.any()
+
+    def test_a_side_that_the_velocity_leaves_is_not_kept(self):
+        ridge = PiecewiseQuadratic([-0.5, -1.0], [[1.0, 0.0]], [-1.0])
+        for stored in (None, torch.zeros(1, 1)):
+            chosen = select(ridge, L2(), ORIGIN[:, :2], stored)
+            assert chosen.multipliers.item() == 1
+            assert_close(chosen.ascent, [[1.5, 1.0]])
+
+    def test_away_from_kinks_the_sign_decides_unless_a_multiplier_says_otherwise(self):
+        w = torch.tensor([[1e-3, 0.0, 0.0]], dtype=torch.float64)
+        off = select(TOY1, Linf(), w, torch.zeros(1, 1, dtype=torch.float64))
+        assert off.multipliers.item() == 1
+        held = select(TOY1, Linf(), w, torch.full((1, 1), 0.5, dtype=torch.float64))
+        assert_close(held.dual, [1.8])
+
+
+class TestNets:
+    def test_batch_equals_loop_also_with_data_of_their_own(self):
+        x, y = normal(3, 7, 4, seed=60), torch.where(normal(3, 7, seed=61) > 0, 1.0, -1.0)
+        problem = Problem(fs.MLP([4, 5, 1]), x, y, loss=fs.exponential)
+        w = 0.5 * normal(3, problem.size, seed=62)
+        w = torch.cat([placed(w[i : i + 1], x[i], 5, i, seed=i) for i in range(3)])
+        for norm in (L2(), Linf(), L1(), Max(L2())):
+            batch = select(problem, norm, w)
+            assert batch.sliding[0].sum() == 0
+            for i in range(3):
+                rows = torch.tensor([i])
+                alone = select(problem.select(rows), norm, w[rows])
+                assert_close(alone.direction, batch.direction[rows], 1e-8)
+                assert_close(alone.multipliers, batch.multipliers[rows], 1e-8)
+
+    @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
+    def test_duplicates_change_only_weights(self, norm):
+        problem, w = on_kinks(d=4, N=8, m=5, touched=2, seed=0)
+        double = problem.with_data(torch.cat([problem.x, problem.x]), torch.cat([problem.y, problem.y]))
+        one, two = select(problem, norm, w), select(double, norm, w)
+        assert_close(one.direction, two.direction, 1e-7)
+        assert_close(one.dual, two.dual)
+
+    @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
+    def test_slopes_with_antiparallel_and_contradictory_inputs(self, norm):
+        problem, w = on_kinks(d=4, N=6, m=5, touched=2, seed=70)
+        x = torch.cat([problem.x, -2 * problem.x, problem.x[:3]])
+        y = torch.cat([problem.y, problem.y, -problem.y[:3]])
+        mixed = problem.with_data(x, y)
+        chosen = select(mixed, norm, w)
+        rise = mixed.lam(w + 1e-7 * chosen.direction) - mixed.lam(w)
+        assert_close(rise / 1e-7, chosen.dual, 1e-4 * float(chosen.dual))
+        others = norm.project(normal(200, mixed.size, seed=71) * 10)
+        rises = mixed.lam(w + 1e-7 * others) - mixed.lam(w)
+        assert (rises / 1e-7 <= chosen.dual * (1 + 1e-4)).all()
+
+    @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
+    def test_dead_neurons(self, norm):
+        """A neuron with w_j = 0 sits on all of its kinks."""
+        problem, w = on_kinks(d=3, N=6, m=4, touched=1, seed=80)
+        w[0, :3] = 0
+        chosen = select(problem, norm, w)
+        assert chosen.gap.abs() < 1e-10
+        rise = problem.lam(w + 1e-7 * chosen.direction) - problem.lam(w)
+        assert_close(rise / 1e-7, chosen.dual, 1e-4 * float(chosen.dual))
+        w.zero_()
+        rest = select(problem, norm, w)
+        assert rest.direction.eq(0).all()
+
+    @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
+    def test_far_out_where_most_weights_vanish(self, norm):
+        """Λ near 10⁴: the jumps of most kinks are zero or nearly so."""
+        problem, w = on_kinks(d=4, N=8, m=8, touched=2, seed=0)
+        y = problem.outputs(w)[0, :, 0].sign()
+        problem = problem.with_data(problem.x, y)
+        w = w * (1e4 / problem.outputs(w).abs().min()) ** 0.5
+        assert problem.lam(w) > 9e3
+        chosen = select(problem, norm, w)
+        assert torch.isfinite(chosen.direction).all()
+        assert chosen.gap.abs() < 1e-9
+        assert variation(problem, norm, w, chosen).isfinite().all()
+
+    def test_scale_of_the_objective_does_not_matter(self):
+        for scale in (1e-150, 1e150):
+            toy = PiecewiseQuadratic(scale * TOY1.slope, TOY1.normals, scale * TOY1.weights)
+            for norm in (L2(), L1(), Linf(), Lp(3.0)):
+                assert_close(select(toy, norm, ORIGIN).direction, select(TOY1, norm, ORIGIN).direction)
+
+    @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
+    def test_zero_inputs_have_no_kinks(self, norm):
+        problem, w = on_kinks(d=4, N=6, m=5, touched=2, seed=70)
+        more = problem.with_data(torch.cat([problem.x, torch.zeros(1, 4)]), torch.cat([problem.y, torch.ones(1)]))
+        chosen = select(more, norm, w)
+        rise = more.lam(w + 1e-7 * chosen.direction) - more.lam(w)
+        assert_close(rise / 1e-7, chosen.dual, 1e-4 * float(chosen.dual))
+        assert not chosen.sliding[0, -5:].any()
