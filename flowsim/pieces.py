@@ -186,14 +186,24 @@ def _reflect(a: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Root(NamedTuple):
-    """C = FᵀJ with CᵀC = −∇²level up to a multiple of hhᵀ, which changes nothing on a face."""
+class _Root:
+    """C = FᵀJ (F may be left out) with CᵀC = −∇²level up to a multiple of hhᵀ, which changes nothing on a face."""
 
-    F: Float[Array, "M R"] | None
-    J: Float[Array, "M P"]
+    def __init__(self, F: Float[Array, "M R"] | None, J: Float[Array, "M P"]) -> None:
+        self.F, self.J = F, J
+        self.known: tuple[Array, Array] = np.zeros(0, dtype=np.int64), np.zeros((J.shape[0], 0))
 
     def columns(self, index: Int[Array, " m"]) -> Float[Array, "R m"]:
-        return self.J[:, index] if self.F is None else self.F.T @ self.J[:, index]
+        """Some columns of C. Those of the last call are kept, because the next one often wants some of them."""
+        order, known = self.known
+        place = np.minimum(np.searchsorted(order, index), max(len(order) - 1, 0))
+        if len(order) and (order[place] == index).all():
+            return known[:, place]
+        J = self.J[:, index]
+        columns = J if self.F is None else self.F.T @ J
+        sorting = np.argsort(index)
+        self.known = index[sorting], columns[:, sorting]
+        return columns
 
     def times(self, v: Float[Array, " P"]) -> Float[Array, " R"]:
         return self.J @ v if self.F is None else self.F.T @ (self.J @ v)
@@ -343,7 +353,7 @@ class _Point:
     @cached_property
     def bend(self) -> float:
         """‖C u‖²."""
-        return max(-float(self.turn @ self.u), 1e-300)
+        return max(-float(self.turn @ self.u), float(np.finfo(np.float64).tiny))
 
     @cached_property
     def noise(self) -> float:
