@@ -43,15 +43,17 @@ def simulate(
 
     ``until`` is `flowsim.lam`, `time`, `steps` or `arclength`. The first save is the start. Natural steps are never
     shortened for a save: flows are read off the step's dense output, discrete rules at the first iterate that has
-    reached the save point. ``observe`` maps names to functions of (problem, state) that return ``(B, …)``.
+    reached the save point. Λ at a save is that of the weights there; where save points are values of Λ it misses them
+    by the error of the dense output. ``observe`` maps names to functions of (problem, state) that return ``(B, …)``.
     Weights are kept at the save points while they are at most 2²⁴ numbers.
 
     ``events`` maps names to `Event`s; ``run.events[name]`` says where each trajectory first comes to one. They are
     looked for from where this run starts to the end of the last natural step, which may lie beyond the last save.
+    They change no number, but each natural step is then a call of its own.
 
-    A trajectory that cannot go on stops with a `Status` and leaves NaN behind; the others go on. So does one that
-    stops at an event, with the status EVENT. Ctrl-C returns what there is. With ``strict=True`` any status but DONE
-    and EVENT raises `SimulationError`, which carries the Trajectory.
+    A trajectory that cannot go on stops with a `Status` and leaves NaN behind, as does one that stops at an event,
+    with EVENT; the others go on. Ctrl-C returns what there is. With ``strict=True`` any status but DONE and EVENT
+    raises `SimulationError`, which carries the Trajectory.
     With a ``directory``, the state is written there every ``checkpoint_seconds``, and the Trajectory at the end.
     """
     _check_options(until, observe, events, max_steps)

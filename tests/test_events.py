@@ -273,7 +273,7 @@ def test_an_indivisible_rule_is_saved_at_the_iterate_where_it_stops():
     assert np.isnan(run["steps"][2:, 2]).all()
 
 
-def test_strict_takes_an_event_for_an_end_and_ctrl_c_and_caps_still_count():
+def test_strict_takes_an_event_for_an_end_but_no_cap():
     events = {"stop": Event(level, 1.0, stop=True)}
     assert line(events, strict=True).statuses == [fs.Status.EVENT] * 3
     with pytest.raises(fs.SimulationError, match="trajectory 0: stopped at max_steps"):
@@ -285,6 +285,21 @@ def test_max_steps_is_exact_with_events(max_steps):
     run = line({"never": Event(MARGIN, 2.0)}, fs.SmallStep(fs.L2(), dlam=0.01), max_steps=max_steps)
     assert run.final.readings["steps"].tolist() == [max_steps] * 3
     assert run.statuses == [fs.Status.MAX_STEPS] * 3
+
+
+def test_ctrl_c_returns_the_events_so_far(monkeypatch):
+    advance, calls = fs.SmallStep.advance, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return advance(self, *arguments)
+
+    monkeypatch.setattr(fs.SmallStep, "advance", interrupted)
+    run = line({"level": Event(level, 1.0)}, fs.SmallStep(fs.L2(), dlam=0.3))
+    assert run.statuses == [fs.Status.INTERRUPTED] * 3
+    assert run.events["level"]["lam"] == pytest.approx([np.nan, 1.0, 1.0], nan_ok=True)
 
 
 def test_progress_and_checkpoints_go_on(tmp_path, capsys):

@@ -104,6 +104,20 @@ def test_the_level_at_a_save_is_that_of_the_weights_which_are_saved():
         assert np.array_equal(lam, OBJECTIVE.lam(torch.from_numpy(weights)).numpy())
 
 
+def test_saves_in_level_are_off_the_save_points_by_the_error_of_the_dense_output():
+    x, y = fs.data.gaussian_separable(12, 4, margin=0.5, seed=0)
+    net = fs.MLP([4, 6, 1], activation=fs.squared_relu)
+    problem, points, errors = fs.Problem(net, x, y, fs.logistic), [-1.5, -1.0, -0.5], []
+    for rtol in (1e-3, 1e-6):
+        rule = fs.SteepestFlow(fs.L2(), rtol=rtol, method=fs.DOPRI5)
+        r = fs.simulate(problem, rule, net.init([0]), until=fs.lam(points))
+        lam = problem.lam(torch.from_numpy(r.weights[1:, 0])).numpy()
+        assert r["lam"][1:, 0] == pytest.approx(lam, rel=1e-14)
+        errors.append(np.abs(lam - points).max())
+    assert errors[0] < 1e-2
+    assert errors[1] < 0.05 * errors[0]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_several_saves_fall_inside_one_step(dense):
     r = run(Stub(row(10.0, 3.0), dense=dense), fs.arclength([1.0, 2.0, 3.0, 4.0]))
