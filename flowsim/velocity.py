@@ -96,17 +96,18 @@ def select(
     on, side = _sides(hinges, w, multipliers, opposite)
     while True:
         D, corners = _corners(hinges, on, side)
+        optimal = torch.empty_like(w)
         for row, corner in enumerate(corners):
-            D[row, corner.index] = _multipliers(norm, corner)
+            D[row, corner.index], optimal[row] = _saddle_point(norm, corner)
         h = hinges.gradient(D)
         cancelled = norm.dual(h) <= ZERO * norm.dual(torch.stack([corner.b for corner in corners]))
         h = torch.where(cancelled[:, None], 0.0, h)
-        u = _directions(objective, norm, w, h, D, corners, tol)
-        # each turn raises the slope, so that this ends
-        turned = on & (hinges.jump * hinges.along(u) * (1 - 2 * side.to(u)) > 1e-9 * norm.dual(h)[:, None])
-        turned &= hinges.jump > 0
+        turned = _turned(norm, hinges, on, side, h, optimal)
         if not bool(turned.any()):
-            return _selection(norm, level, h, u, corners, D)
+            u = _directions(objective, norm, w, h, D, corners, tol)
+            turned = _turned(norm, hinges, on, side, h, u)
+            if not bool(turned.any()):
+                return _selection(norm, level, h, u, corners, D)
         side = side ^ turned
 
 
@@ -176,6 +177,12 @@ def _corners(
     return D, [_Corner(b[i], normals[i], -hinges.jump[i, k], k) for i, k in enumerate(index)]
 
 
+def _turned(norm: Norm, hinges: Hinges, on: Tensor, side: Tensor, h: Tensor, u: Tensor) -> Bool[Tensor, "B K"]:
+    """The repelling kinks whose other side u enters. To take that side raises the slope, so that turning ends."""
+    gain = hinges.jump * hinges.along(u) * (1 - 2 * side.to(u))
+    return on & (hinges.jump > 0) & (gain > 1e-9 * norm.dual(h)[:, None])
+
+
 def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> Float[Tensor, "B K"]:
     """A bound on the rounding errors of z: n_k·w with random signs has variance Σ_i (n_ki w_i)²."""
     generator = torch.Generator().manual_seed(0)
@@ -197,21 +204,19 @@ def _normals(hinges: Hinges, free: Bool[Tensor, "B K"]) -> list[Float[Tensor, "k
     return [stack[row, :k] for row, k in enumerate(count.tolist())]
 
 
-def _multipliers(norm: Norm, corner: _Corner) -> Float[Tensor, " K"]:
-    """D in [0, 1] for which ‖b − Σ c_k D_k n_k‖_* is least."""
-    if not len(corner.c):
-        return corner.c
+def _saddle_point(norm: Norm, corner: _Corner) -> tuple[Float[Tensor, " K"], Float[Tensor, " P"]]:
+    """D in [0, 1] for which ‖b − Σ c_k D_k n_k‖_* is least, and one of the steepest u."""
     scale = norm.dual(corner.b)
-    if not scale > 0:
-        return torch.zeros_like(corner.c)  # no gradient is shorter than zero
+    if not (len(corner.c) and scale > 0):
+        return torch.zeros_like(corner.c), norm.steepest(corner.b)  # no gradient is shorter than zero
     scaled = _Corner(corner.b / scale, corner.n, corner.c / scale, corner.index)
-    solve = _least_squares if norm.quadratic else _linear_program if isinstance(norm, L1 | Linf) else _saddle
-    D = solve(scaled, norm)
+    solve = _least_squares if norm.quadratic else _linear_program if isinstance(norm, L1 | Linf) else _splitting
+    D, u = solve(scaled, norm)
     D = torch.where(D < END, 0.0, D)
-    return torch.where(D > 1 - END, 1.0, D)
+    return torch.where(D > 1 - END, 1.0, D), u
 
 
-def _least_squares(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
+def _least_squares(corner: _Corner, norm: Norm) -> tuple[Tensor, Tensor]:
     """In a quadratic norm ‖h‖_*² = ⟨h, A⁻¹h⟩: bounded least squares, exact on its active set."""
     g = torch.cat([corner.b[None], corner.c[:, None] * corner.n])
     size = norm.dual(g)
@@ -222,10 +227,11 @@ def _least_squares(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
     most = size[1:].cpu().numpy()
     # D in units that make all columns alike
     done = lsq_linear(root[1:].T, size[0].item() * root[0], (0.0, most), method="bvls", tol=1e-15, max_iter=10**5)
-    return torch.from_numpy(done.x / most).to(corner.b).clamp(0, 1)
+    D = torch.from_numpy(done.x / most).to(corner.b).clamp(0, 1)
+    return D, norm.steepest(corner.gradient(D))
 
 
-def _linear_program(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
+def _linear_program(corner: _Corner, norm: Norm) -> tuple[Tensor, Tensor]:
     """In ℓ∞ and ℓ1 the saddle point is a linear program; D are the multipliers of s_k ≥ c_k ⟨n_k, u⟩."""
     K, P = corner.n.shape
     b, rows = corner.b.cpu().numpy(), (corner.c[:, None] * corner.n).cpu().numpy()
@@ -242,10 +248,11 @@ def _linear_program(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
     done = linprog(np.concatenate([-b, np.ones(K)]), A, limit, bounds=box, method="highs", options=tight)
     if done.x is None:
         raise ArithmeticError(f"the multipliers of {K} kinks were not found: {done.message}")
-    return torch.from_numpy(-done.ineqlin.marginals[:K]).to(corner.b).clamp(0, 1)
+    u = done.x[:P] - done.x[P : 2 * P] if isinstance(norm, L1) else done.x[:P]
+    return torch.from_numpy(-done.ineqlin.marginals[:K]).to(corner.b).clamp(0, 1), torch.from_numpy(u).to(corner.b)
 
 
-def _saddle(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
+def _splitting(corner: _Corner, norm: Norm) -> tuple[Tensor, Tensor]:
     """D from the splitting method, with the unit ball and the kinks c max(⟨n, u⟩, 0) as its parts."""
     size = torch.linalg.vector_norm(corner.n, dim=-1)
     c = corner.c * size
@@ -256,7 +263,7 @@ def _saddle(corner: _Corner, norm: Norm) -> Float[Tensor, " K"]:
         lambda v, rho: torch.where(v > 0, (v - c / rho).clamp_min(0), v),
         start=norm.steepest(corner.b),
     )
-    return (done.force / c).clamp(0, 1)
+    return (done.force / c).clamp(0, 1), done.at
 
 
 # ---------------------------------------------------------------------------------------------------------------
