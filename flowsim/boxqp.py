@@ -7,6 +7,7 @@ negative only where λ = 0, positive only where λ = upper, and zero where λ is
 kink's coordinate at zero, as far as its strength reaches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +48,7 @@ def solve(
     settling, only one wrong unknown is moved at a time (Murty 1974), which ends after finitely many sweeps. Linear
     dependence inside a block is removed by a ridge of 10⁻¹² of its diagonal.
     """
-    scale = torch.diagonal(blocks, dim1=-2, dim2=-1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    blocks = blocks + torch.diag_embed(1e-12 * scale)
-    system = _System(blocks, low_rank)
+    system, scale = ridged(blocks, low_rank)
     force = torch.zeros_like(z) if start is None else start.clamp_min(0).minimum(upper)
     residual = z - system.times(force)
     free = torch.zeros_like(upper, dtype=torch.bool)
@@ -74,12 +72,21 @@ def solve(
     return Solution(force.clamp_min(0).minimum(upper), free, settled)
 
 
+def ridged(blocks: Tensor, low_rank: LowRank | None) -> tuple["System", Float[Tensor, "B G c"]]:
+    """The system with dependent unknowns made independent, and the diagonal of its blocks, 1 where that is zero."""
+    scale = torch.diagonal(blocks, dim1=-2, dim2=-1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return System(blocks + torch.diag_embed(1e-12 * scale), low_rank), scale
+
+
 @dataclass(frozen=True)
-class _System:
-    blocks: Tensor
+class System:
+    """Products and solves with Q."""
+
+    blocks: Float[Tensor, "B G c c"]
     low_rank: LowRank | None
 
-    def times(self, force: Tensor) -> Tensor:
+    def times(self, force: Float[Tensor, "B G c"]) -> Float[Tensor, "B G c"]:
         """Qλ."""
         out = (self.blocks @ force[..., None])[..., 0]
         if self.low_rank is None:
@@ -87,18 +94,28 @@ class _System:
         E = self.low_rank.factor.flatten(1, 2)
         return out - (E @ (self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])))[..., 0].view_as(out)
 
-    def solve(self, free: Tensor, rhs: Tensor) -> Tensor:
+    def solve(self, free: Bool[Tensor, "B G c"], rhs: Float[Tensor, "B G c"]) -> Float[Tensor, "B G c"]:
         """The λ that is zero off ``free`` and has Qλ = rhs on it."""
+        return self.factored(free)(rhs)
+
+    def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[Tensor], Tensor]:
+        """`solve` for several right-hand sides."""
         pair = free[..., :, None] & free[..., None, :]
-        blocks = torch.where(pair, self.blocks, 0.0) + torch.diag_embed((~free).to(rhs))
+        blocks = torch.where(pair, self.blocks, 0.0) + torch.diag_embed((~free).to(self.blocks))
         root = torch.linalg.cholesky_ex(blocks)[0]
-        rhs = torch.where(free, rhs, 0.0)
-        first = torch.cholesky_solve(rhs[..., None], root)
+
+        def plain(rhs: Tensor) -> Tensor:
+            return torch.cholesky_solve(torch.where(free, rhs, 0.0)[..., None], root)[..., 0]
+
         if self.low_rank is None:
-            return first[..., 0]
+            return plain
         E = torch.where(free[..., None], self.low_rank.factor, 0.0)
         KE = torch.cholesky_solve(E, root).flatten(1, 2)
         E = E.flatten(1, 2)
         inner = self.low_rank.inverse - E.mT @ KE
-        correction = KE @ torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None])
-        return first[..., 0] + correction[..., 0].view_as(rhs)
+
+        def corrected(rhs: Tensor) -> Tensor:
+            first = plain(rhs)
+            return first + (KE @ torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None]))[..., 0].view_as(first)
+
+        return corrected

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.norms import L1, L2, Linf, Norm
@@ -39,12 +40,24 @@ def _power(problem: Problem, norm: Norm, state: State) -> Tensor:
     return norm.bind(problem.layout).value(state.w) ** problem.degree
 
 
+def ascent(problem: Problem, state: State) -> Float[Tensor, "B P"]:
+    """h = ∇Λ at a state: on kinks the element that the flow has selected, which its multipliers tell.
+
+    States of discrete rules have no multipliers; there it is the element that autograd returns.
+    """
+    if state.multipliers is None or not problem.kinks:
+        return problem.ascent(state.w)[1]
+    hinges = problem.hinges(state.w)
+    sliding = (state.multipliers > 0) & (state.multipliers < 1)
+    return hinges.gradient(torch.where(sliding, state.multipliers, (hinges.z > 0).to(hinges.z)))
+
+
 def alignment(norm: Norm) -> Diagnostic:
-    """α = ⟨w, −g⟩/(‖w‖‖g‖_*) ≤ 1, with g the gradient that autograd returns at a kink; 1 at a KKT point."""
+    """α = ⟨w, h⟩/(‖w‖‖h‖_*) ≤ 1, with the element h of ∇Λ that `ascent` gives; 1 at a KKT point."""
 
     def measure(problem: Problem, state: State) -> Tensor:
         bound = norm.bind(problem.layout)
-        h = problem.ascent(state.w)[1]
+        h = ascent(problem, state)
         return (state.w * h).sum(-1) / (bound.value(state.w) * bound.dual(h))
 
     return measure

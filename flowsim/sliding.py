@@ -17,6 +17,7 @@ pair that changes sides within the step is charged for the fraction of the step 
 All linear algebra is in sample space and per neuron: nothing P × P is formed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,6 +221,22 @@ class Hold:
     def combine(self, force: Tensor, size: int) -> Tensor:
         return self.pack.combine(self.net, force, size)
 
+    def smoothed(self, damping: Damping, sliding: Bool[Tensor, "B N m"]) -> Callable[[Tensor], Tensor]:
+        """v ↦ v − (1 − M)³v: a velocity along the kinks without its stiff part, otherwise to third order.
+
+        Off the slow manifold the velocity points back to it, and a polynomial through it over a long step would leave
+        it. M damps among velocities that stay on the kinks in ``sliding``.
+        """
+        free = self.pack.take(sliding.to(self.blocks)) > 0
+        solve = boxqp.ridged(self.blocks, self.low_rank)[0].factored(free)
+
+        def stiff(v: Tensor) -> Tensor:
+            damped = damping(v)
+            held = self.combine(solve(self.along(damped)), v.shape[1])
+            return v - damped + damping(damping.metric.raised(held))
+
+        return lambda v: v - stiff(stiff(stiff(v)))
+
 
 def _coupled_by_neuron(pack: Pack, damping: Damping, net: TwoLayer) -> Float[Tensor, "B G c R"]:
     """⟨n_p, ∇f_kc⟩ = a_cj φ'_kj ⟨x_p, x_k⟩ for a pair p of neuron j, times F."""
@@ -251,6 +268,8 @@ class Trial:
     multipliers: Float[Tensor, "B N m"]
     stuck: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
+    hold: Hold
+    damping: Damping
 
 
 @dataclass(frozen=True)
@@ -279,6 +298,7 @@ class Sliding:
         count = torch.ones_like(state.step_size)
         extra = {name: state.tallies.get(name, torch.zeros_like(count)) for name in ("sliding", "releases")}
         sliding = _count(_between(multipliers))
+        still = segment(problem, state, state.w, sample, sample, torch.zeros_like(count))
         state = replace(
             state,
             # step sizes of other methods are on other clocks
@@ -287,9 +307,7 @@ class Sliding:
             tallies=state.tallies | extra | {"gradients": state.tallies["gradients"] + count, "sliding": sliding},
             memory=remember(sample) | {"paused": torch.zeros_like(count)},
             multipliers=multipliers.flatten(1),
-            segment=_held(
-                segment(problem, state, state.w, sample, sample, torch.zeros_like(count)), multipliers, multipliers
-            ),
+            segment=_dense(still, None, multipliers, multipliers),
         )
         return state.stopped(sample.dual == 0, Status.STATIONARY)
 
@@ -333,7 +351,7 @@ class Sliding:
             moved,
             multipliers=multipliers.flatten(1),
             tallies=tallies | gained,
-            segment=_held(moved.segment, state.multipliers, multipliers),
+            segment=_dense(moved.segment, trial, state.multipliers.view_as(multipliers), multipliers),
         )
         state = moved.where(accepted, replace(state, tallies=tallies))
         return self._judged(state, excess)
@@ -388,7 +406,7 @@ class Sliding:
         w = state.w + h * (1.5 * k1 + 0.5 * k2)
         stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
         multipliers = pack.put(used, _share(two.force, upper1))
-        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved)
+        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved, hold, damping)
 
     def _within_reach(
         self, metric: Metric, net: TwoLayer, point: Point, first: Sample, tau: Tensor
@@ -488,10 +506,14 @@ def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
     return objective, Metric.of(field.norm)
 
 
-def _held(step: Segment | None, start: Tensor, end: Tensor) -> Segment:
-    """The step with the multipliers at both ends."""
+def _dense(step: Segment | None, trial: Trial | None, start: Tensor, end: Tensor) -> Segment:
+    """The step with the multipliers at both ends, and slopes that its polynomial can follow."""
     assert step is not None
-    return replace(step, multipliers0=start.flatten(1), multipliers1=end.flatten(1))
+    step = replace(step, multipliers0=start.flatten(1), multipliers1=end.flatten(1))
+    if trial is None:
+        return step
+    smooth = trial.hold.smoothed(trial.damping, _between(start) & _between(end))
+    return replace(step, slope0=smooth(step.slope0), slope1=smooth(step.slope1))
 
 
 def _share(force: Tensor, upper: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from scipy.optimize import brentq
 from scipy.special import expi
 
 import flowsim as fs
+from flowsim.clocks import ARCLENGTH, LAM, RELATIVE, TIME
 from flowsim.flow import suited
 from flowsim.movement import MinimisingMovement
 from flowsim.pieces import ExactPieces
 from flowsim.rosenbrock import ROS34PW2
 from flowsim.sliding import KinkImplicit
-from flowsim.clocks import ARCLENGTH, LAM, RELATIVE, TIME
 
 # One example, linear model, exponential loss, in any norm: with G the gradient of its margin q,
 #     q(t) = log(e^{q0} + ‖G‖_*² t),   w(t) = w0 + s(t)·u,   u steepest for G,   s = (q − q0)/‖G‖_*.
