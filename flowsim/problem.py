@@ -416,7 +416,7 @@ class PiecewiseQuadratic:
 
     >>> toy = PiecewiseQuadratic(slope=[-0.5], normals=[[1.0], [1.0]], weights=[1.0, -0.8])
     >>> toy.hinges(torch.zeros(1, 1, dtype=torch.float64)).jump  # parallel normals share one kink
-    tensor([[-0.2000, 0.0000]], dtype=torch.float64)
+    tensor([[-0.2000,  0.0000]], dtype=torch.float64)
     """
 
     slope: Any
