@@ -49,6 +49,8 @@ LAM = Clock("lam", "lam", lambda objective, lam, dual, size: 1 / dual)
 TIME = Clock("time", "log_time", lambda objective, lam, dual, size: torch.exp(-log_time_rate(objective, lam, dual)))
 ARCLENGTH = Clock("arclength", "arclength", lambda objective, lam, dual, size: torch.ones_like(dual))
 RELATIVE = Clock("relative", "relative", lambda objective, lam, dual, size: size)
+GRADIENT = Clock("gradient", "gradient", lambda objective, lam, dual, size: dual)
+"""ds/dτ = ‖h‖_*, inside implicit methods: a flow in a quadratic norm is w' = A⁻¹h, and log dt/dτ the level."""
 
 
 def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:

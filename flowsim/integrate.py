@@ -157,12 +157,12 @@ def runge_kutta(
     samples = [first]
     point = w
     for row in tableau.stages:
-        point = w + h * _combine(row, [s.velocity for s in samples])
+        point = w + h * combine(row, [s.velocity for s in samples])
         samples.append(field(point))
-    return point, h * _combine(tableau.error, [s.velocity for s in samples]), samples
+    return point, h * combine(tableau.error, [s.velocity for s in samples]), samples
 
 
-def _combine(weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
+def combine(weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
     """Σ c·v, added in order: a reduction of stacked terms would round by a trajectory's place in the batch."""
     first, *others = (c * v for c, v in zip(weights, values, strict=True) if c != 0)
     for term in others:
@@ -187,8 +187,8 @@ class RungeKutta:
         require_smooth(field, objective)
         sample = field(objective, state.w)
         # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
-        scale = 1e-3 * torch.where(_length(state.w) > 0, _length(state.w), 1.0)
-        guess = scale / _length(sample.velocity)
+        scale = 1e-3 * torch.where(length(state.w) > 0, length(state.w), 1.0)
+        guess = scale / length(sample.velocity)
         size = torch.where(torch.isfinite(state.step_size), state.step_size, guess)
         count = torch.ones_like(size)
         state = replace(
@@ -223,11 +223,11 @@ class RungeKutta:
 
     def _excess(self, objective: Objective, w0: Tensor, w1: Tensor, error: Tensor, last: Sample) -> Tensor:
         """The error over its tolerance; infinite where the trial is not finite."""
-        size = torch.maximum(_length(w0), _length(w1))
-        excess = _length(error) / (self.atol + self.rtol * size)
+        size = torch.maximum(length(w0), length(w1))
+        excess = length(error) / (self.atol + self.rtol * size)
         if objective.logarithmic:
             excess = torch.maximum(excess, (last.ascent * error).sum(-1).abs().double() / self.rtol)
-        finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(_length(last.velocity))
+        finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(length(last.velocity))
         return torch.where(finite, excess, torch.inf)
 
     def _tallied(self, state: State, accepted: Tensor) -> State:
@@ -245,7 +245,7 @@ class RungeKutta:
         """The state after an accepted step; readings by the quadrature of the tableau."""
         weights = self.tableau.stages[-1]
         inner = samples[: len(weights)]
-        gained = {name: dt * _combine(weights, [s.rates[name] for s in inner]) for name in samples[0].rates}
+        gained = {name: dt * combine(weights, [s.rates[name] for s in inner]) for name in samples[0].rates}
         readings = {
             "steps": state.readings["steps"] + 1,
             "lam": samples[-1].lam,
@@ -266,7 +266,7 @@ class RungeKutta:
         if self.tableau.middle is None:
             return torch.zeros_like(w)
         h = dt.to(w)[:, None]
-        middle = state.w + h * _combine(self.tableau.middle, [s.velocity for s in samples])
+        middle = state.w + h * combine(self.tableau.middle, [s.velocity for s in samples])
         return middle - 0.5 * (state.w + w) - 0.125 * h * (samples[0].velocity - samples[-1].velocity)
 
     def _elapsed(self, samples: list[Sample], dt: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -282,9 +282,9 @@ class RungeKutta:
             torch.exp(rate - peak) - torch.exp(first + c * (last - first) - peak)
             for c, rate in zip(self.tableau.nodes, rates, strict=True)
         ]
-        mean = torch.exp(linear - peak) + _combine(self.tableau.stages[-1], rest[:-1])
+        mean = torch.exp(linear - peak) + combine(self.tableau.stages[-1], rest[:-1])
         log_mean = torch.where(mean > 0, peak + torch.log(mean.clamp_min(1e-300)), linear)
-        doubt = peak + torch.log(_combine(self.tableau.error, rest).abs())
+        doubt = peak + torch.log(combine(self.tableau.error, rest).abs())
         return torch.log(dt) + log_mean, torch.log(dt) + doubt
 
     def _judged(self, state: State, first: Sample, finite: Tensor) -> State:
@@ -292,12 +292,13 @@ class RungeKutta:
         state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
         eps = torch.finfo(state.w.dtype).eps
         # not "≤", which lets steps pass that are no number
-        stuck = ~(state.step_size * _length(first.velocity) > 4 * eps * _length(state.w))
+        stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
         state = state.stopped(stuck & ~finite, Status.NONFINITE)
         return state.stopped(stuck, Status.STEP_TOO_SMALL)
 
 
-def _length(v: Tensor) -> Float[Tensor, " B"]:
+def length(v: Tensor) -> Float[Tensor, " B"]:
+    """‖v‖₂ in double precision."""
     return torch.linalg.vector_norm(v, dim=-1).double()
 
 

@@ -14,15 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.clocks import Clock, Target
-from flowsim.integrate import Field, Sample, _combine, _length, log_elapsed_in, recall, remember, segment
+from flowsim.clocks import GRADIENT, Target
+from flowsim.integrate import Field, Sample, combine, length, log_elapsed_in, recall, remember, segment
 from flowsim.kernels.reference import bmm
 from flowsim.norms import Norm
 from flowsim.problem import Objective
 from flowsim.state import Segment, State, Status, hermite, march
-
-GRADIENT = Clock("gradient", "gradient", lambda objective, lam, dual, size: dual)
-"""The clock on which the velocity is A⁻¹h, and on which log dt/dτ is the level itself."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +100,10 @@ def step(
     tau = dt.to(w)[:, None]
     increments = [solve(tau * first.velocity)]
     for row, coupling in zip(pair.stages, pair.couplings, strict=True):
-        lag = _combine(tuple(c / pair.gamma for c in coupling), increments)
-        increments.append(solve(tau * velocity(w + _combine(row, increments)) + lag) - lag)
+        lag = combine(tuple(c / pair.gamma for c in coupling), increments)
+        increments.append(solve(tau * velocity(w + combine(row, increments)) + lag) - lag)
     difference = tuple(a - b for a, b in zip(pair.weights, pair.embedded, strict=True))
-    return w + _combine(pair.weights, increments), _combine(difference, increments)
+    return w + combine(pair.weights, increments), combine(difference, increments)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Rosenbrock:
             )
         sample = evaluate(field, objective, state.w)
         # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
-        guess = 1e-3 * torch.where(_length(state.w) > 0, _length(state.w), 1.0) / _length(sample.velocity)
+        guess = 1e-3 * torch.where(length(state.w) > 0, length(state.w), 1.0) / length(sample.velocity)
         # a step size of another method is on another clock
         resumed = "excess" in state.memory
         neutral = {"excess": torch.ones_like(guess), "refused": torch.zeros_like(guess)}
@@ -169,13 +166,13 @@ class Rosenbrock:
         self, objective: Objective, w0: Tensor, w1: Tensor, error: Tensor, root: Tensor, last: Sample
     ) -> Float[Tensor, " B"]:
         """The error over its tolerance; infinite where the trial is not finite."""
-        size = torch.maximum(_length(w0), _length(w1))
-        excess = _length(error) / (self.atol + self.rtol * size)
+        size = torch.maximum(length(w0), length(w1))
+        excess = length(error) / (self.atol + self.rtol * size)
         if objective.logarithmic:
             rise = (last.ascent * error).sum(-1).abs().double() / last.lam.abs().clamp_min(1)
-            spread = _length(bmm(root, error[..., None])[..., 0])
+            spread = length(bmm(root, error[..., None])[..., 0])
             excess = torch.maximum(excess, torch.maximum(rise, spread) / self.rtol)
-        finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(_length(last.velocity))
+        finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(length(last.velocity))
         return torch.where(finite, excess, torch.inf)
 
     def _moved(self, field: Field, objective: Objective, state: State, last: Sample, path: Segment) -> State:
@@ -248,6 +245,6 @@ def _judged(state: State, first: Sample, finite: Tensor) -> State:
     state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
     eps = torch.finfo(state.w.dtype).eps
     # not "≤", which lets steps pass that are no number
-    stuck = ~(state.step_size * _length(first.velocity) > 4 * eps * _length(state.w))
+    stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
     state = state.stopped(stuck & ~finite, Status.NONFINITE)
     return state.stopped(stuck, Status.STEP_TOO_SMALL)

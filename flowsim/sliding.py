@@ -28,7 +28,7 @@ from torch import Tensor
 from flowsim import boxqp
 from flowsim.block_norms import Euclidean
 from flowsim.boxqp import LowRank
-from flowsim.clocks import Clock, Target
+from flowsim.clocks import GRADIENT, Target
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
@@ -38,8 +38,6 @@ from flowsim.problem import Objective, Problem
 from flowsim.state import Segment, State, Status, march
 
 GAMMA = 1 - 0.5**0.5
-GROWTH = Clock("gradient", "arclength", lambda objective, lam, dual, size: dual)
-"""The clock dτ = ds/‖h‖_*, on which the flow is w' = A⁻¹h."""
 DENSE = 600
 """Up to so many pairs one dense factorisation is faster than one for each neuron."""
 
@@ -294,7 +292,7 @@ class Sliding:
         given = _sides(net, point, given)
         stuck = (_at_kink(net, point) | _between(given)) & net.distinct
         multipliers, h = self._selected(metric, net, point, given, stuck)
-        sample = replace(field, clock=GROWTH).sample(problem, state.w, point.lam, h, metric.norm.steepest(h))
+        sample = replace(field, clock=GRADIENT).sample(problem, state.w, point.lam, h, metric.norm.steepest(h))
         count = torch.ones_like(state.step_size)
         extra = {name: state.tallies.get(name, torch.zeros_like(count)) for name in ("sliding", "releases")}
         sliding = _count(_between(multipliers))
@@ -313,7 +311,7 @@ class Sliding:
 
     def advance(self, field: Field, objective: Objective, state: State, until: Target, budget: int) -> State:
         problem, metric = _required(objective, field)
-        inner = replace(field, clock=GROWTH)
+        inner = replace(field, clock=GRADIENT)
         # one trajectory at a time: sets of kinks differ, and padding to the largest would round by batch-mates
         for row in torch.arange(len(state.w), device=state.w.device).split(1):
             local = march(
