@@ -71,7 +71,8 @@ class TwoLayer:
         parallel = cosine.abs() > 1 - 1e-13
         first = parallel.to(x).argmax(-1)  # of equal maxima the first
         first = torch.where(size > 0, first, torch.arange(x.shape[-2], device=x.device))
-        coefficient = cosine.gather(-1, first[..., None])[..., 0].sign() * size / size.gather(-1, first)
+        ratio = size / torch.where(size > 0, size.gather(-1, first), 1.0)
+        coefficient = cosine.gather(-1, first[..., None])[..., 0].sign() * ratio
         return TwoLayer(x, xx, first, coefficient, leak, y, loss, activation, width)
 
     def expanded(self, trajectories: int) -> "TwoLayer":

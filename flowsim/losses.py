@@ -56,7 +56,13 @@ def _logistic_inverse(lam: Tensor) -> Tensor:
 
 
 EXPONENTIAL = Tail("exponential", lambda q: -q, lambda q: -q, lambda lam: lam, fall=torch.ones_like)
-LOGISTIC = Tail("logistic", _log_log1p_exp_neg, lambda q: F.logsigmoid(-q), _logistic_inverse, fall=torch.sigmoid)
+LOGISTIC = Tail(
+    "logistic",
+    _log_log1p_exp_neg,
+    lambda q: F.logsigmoid(-q),
+    _logistic_inverse,
+    fall=lambda q: torch.exp(F.logsigmoid(q)),  # torch.sigmoid rounds by an element's place in the batch
+)
 HALF_SQUARE = Tail(
     "half square", lambda r: 2 * torch.log(r.abs()) - math.log(2), lambda r: torch.log(r.abs()), decreasing=False
 )
