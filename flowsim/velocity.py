@@ -15,19 +15,20 @@ uᵀ(CᵀC)u is where minimising movements go as their steps shrink, and among t
 the shortest is taken.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linprog, lsq_linear
+from scipy.optimize import linprog
 from torch import Tensor
 
+from flowsim import boxqp
 from flowsim.faces import Face
 from flowsim.kinks import Hinges
 from flowsim.norms import L1, Linf, Norm
 from flowsim.problem import Objective
+from flowsim.splitting import Form, split
 
 ROUNDING = 256  # in units of the last place: how far from zero a computed z may be on its kink
 END = 1e-9  # multipliers so near to 0 or 1 are taken to be there
@@ -216,18 +217,12 @@ def _saddle_point(norm: Norm, corner: _Corner) -> tuple[Float[Tensor, " K"], Flo
     return torch.where(D > 1 - END, 1.0, D), u
 
 
-def _least_squares(corner: _Corner, norm: Norm) -> tuple[Tensor, Tensor]:
-    """In a quadratic norm ‖h‖_*² = ⟨h, A⁻¹h⟩: bounded least squares, exact on its active set."""
-    g = torch.cat([corner.b[None], corner.c[:, None] * corner.n])
-    size = norm.dual(g)
-    g = g / torch.where(size > 0, size, 1.0)[:, None]
-    gram = g @ (norm.dual(g)[:, None] * norm.steepest(g)).mT
-    values, basis = torch.linalg.eigh(0.5 * (gram + gram.mT))
-    root = (values.clamp_min(0).sqrt() * basis).cpu().numpy()  # its rows have the same Gram matrix
-    most = size[1:].cpu().numpy()
-    # D in units that make all columns alike
-    done = lsq_linear(root[1:].T, size[0].item() * root[0], (0.0, most), method="bvls", tol=1e-15, max_iter=10**5)
-    D = torch.from_numpy(done.x / most).to(corner.b).clamp(0, 1)
+def _least_squares(corner: _Corner, norm: Norm) -> tuple[Float[Tensor, " K"], Float[Tensor, " P"]]:
+    """In a quadratic norm ‖h‖_*² = ⟨h, A⁻¹h⟩: a box-constrained quadratic programme, in forces c·D."""
+    raised = norm.dual(corner.n)[:, None] * norm.steepest(corner.n)
+    blocks, z = (corner.n @ raised.mT)[None, None], (raised @ corner.b)[None, None]
+    solved = boxqp.solve(blocks, z, corner.c[None, None], max_sweeps=40 + 4 * len(corner.c))
+    D = solved.force[0, 0] / corner.c
     return D, norm.steepest(corner.gradient(D))
 
 
@@ -256,8 +251,8 @@ def _splitting(corner: _Corner, norm: Norm) -> tuple[Tensor, Tensor]:
     """D from the splitting method, with the unit ball and the kinks c max(⟨n, u⟩, 0) as its parts."""
     size = torch.linalg.vector_norm(corner.n, dim=-1)
     c = corner.c * size
-    done = _split(
-        _Quadratic(corner.b.new_zeros(0, len(corner.b)), 0.0, corner.b),
+    done = split(
+        Form(corner.b.new_zeros(0, len(corner.b)), 0.0, corner.b),
         norm.project,
         corner.n / size[:, None],
         lambda v, rho: torch.where(v > 0, (v - c / rho).clamp_min(0), v),
@@ -305,14 +300,14 @@ def _least_curved(
     s, seen = s[kept], seen[kept]
     u = start
     if len(s):
-        form = _Quadratic((s / s[0])[:, None] * seen, 0.0, torch.zeros_like(u))
-        u = _split(form, face.project, n, lambda v, _: v.clamp(*ends), start=u).at
+        form = Form((s / s[0])[:, None] * seen, 0.0, torch.zeros_like(u))
+        u = split(form, face.project, n, lambda v, _: v.clamp(*ends), start=u).at
     if len(s) == len(u):
         return u
     rows = torch.cat([n, seen])
     low, high = (torch.cat([end, seen @ u]) for end in ends)
-    form = _Quadratic(C[:0], 1.0, torch.zeros_like(u))
-    return _split(form, face.project, rows, lambda v, _: v.clamp(low, high), start=u).at
+    form = Form(C[:0], 1.0, torch.zeros_like(u))
+    return split(form, face.project, rows, lambda v, _: v.clamp(low, high), start=u).at
 
 
 def _support(face: Face, a: Tensor, n: Tensor, ends: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
@@ -320,8 +315,8 @@ def _support(face: Face, a: Tensor, n: Tensor, ends: tuple[Tensor, Tensor]) -> F
     n, size = n / torch.linalg.vector_norm(n, dim=-1, keepdim=True), a.abs().amax()
     if not size > 0:
         return a.sum()
-    form = _Quadratic(n[:0], 0.0, a / size)
-    force = _split(form, face.project, n, lambda v, _: v.clamp(*ends), start=face.element()).force
+    form = Form(n[:0], 0.0, a / size)
+    force = split(form, face.project, n, lambda v, _: v.clamp(*ends), start=face.element()).force
     force = torch.where(torch.isinf(ends[0]), force.clamp_min(0), force)
     force = torch.where(torch.isinf(ends[1]), force.clamp_max(0), force)
     return face.support(a - size * (force @ n))
@@ -339,86 +334,3 @@ def _hessian_along(objective: Objective, w: Tensor, u: Tensor, D: Tensor | None)
     size, reach = w.abs().amax(-1, keepdim=True), u.abs().amax(-1, keepdim=True)
     t = torch.finfo(w.dtype).eps ** (1 / 3) * torch.where(size > 0, size, 1.0) / torch.where(reach > 0, reach, 1.0)
     return (gradient(w - t * u) - gradient(w + t * u)) / (2 * t)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The splitting method
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Quadratic:
-    """q(u) = ½‖Cu‖² + ½ ridge ‖u‖² − ⟨b, u⟩."""
-
-    C: Float[Tensor, "R P"]
-    ridge: float
-    b: Float[Tensor, " P"]
-
-    def gradient(self, u: Tensor) -> Tensor:
-        return (self.C @ u) @ self.C + self.ridge * u - self.b
-
-    def solver(self, n: Tensor, rho: float) -> Callable[[Tensor], Tensor]:
-        """r ↦ (∇²q + ρ(1 + nᵀn))⁻¹ r, by the smaller of both Gram matrices (Woodbury)."""
-        A, shift = torch.cat([self.C, rho**0.5 * n]), self.ridge + rho
-        small = len(A) < A.shape[1]
-        gram = A @ A.mT if small else A.mT @ A
-        root = torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=A.dtype, device=A.device))
-        if small:
-            return lambda r: (r - A.mT @ torch.cholesky_solve((A @ r)[:, None], root)[:, 0]) / shift
-        return lambda r: torch.cholesky_solve(r[:, None], root)[:, 0]
-
-
-_REVISIONS = {100 * 2**k for k in range(20)}  # steps after which the penalty is revised
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Where the splitting method ends: the point ``at (P,)`` and the multipliers ``force (K,)`` of the rows."""
-
-    at: Float[Tensor, " P"]
-    force: Float[Tensor, " K"]
-
-
-def _split(
-    q: _Quadratic,
-    project: Callable[[Tensor], Tensor],
-    n: Float[Tensor, "K P"],
-    prox: Callable[[Tensor, float], Tensor],
-    *,
-    start: Float[Tensor, " P"],
-    tol: float = 1e-12,
-    max_steps: int = 20000,
-) -> _Split:
-    """Minimises q(u) + r(nu) over a convex set: the alternating direction method of multipliers.
-
-    Over-relaxed, with a penalty ρ that balances both residuals (Boyd et al. 2011; Stellato et al. 2020). ``project``
-    goes to the set and ``prox(v, ρ)`` minimises r(z) + ½ρ‖z − v‖².
-    """
-    relax = 1.6
-    rho = _largest(q.gradient(start)) / _largest(start) if bool(start.any()) else 1.0
-    rho = rho if rho > 1e-100 else 1.0
-    solve = q.solver(n, rho)
-    x, z = start, n @ start
-    y, f = torch.zeros_like(x), torch.zeros_like(z)
-    for step in range(1, max_steps + 1):
-        u = solve(q.b + rho * (x - y + (z - f) @ n))
-        v = n @ u
-        to_x, to_z = relax * u + (1 - relax) * x + y, relax * v + (1 - relax) * z + f
-        last_x, last_z = x, z
-        x, z = project(to_x), prox(to_z, rho)
-        y, f = to_x - x, to_z - z
-        if step % 25:
-            continue
-        primal = _largest(u - x, v - z) / _largest(u, v)
-        dual = _largest(x - last_x + (z - last_z) @ n) / _largest(y, q.b / rho)
-        if max(primal, dual) <= tol:
-            break
-        change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)
-        if step in _REVISIONS and not 0.2 < change < 5:
-            rho, y, f = rho * change, y / change, f / change
-            solve = q.solver(n, rho)
-    return _Split(x, rho * f)
-
-
-def _largest(*vectors: Tensor) -> float:
-    return max((float(v.abs().amax()) for v in vectors if v.numel()), default=0.0) or 1e-300
