@@ -36,6 +36,7 @@ ORDER = [
     "pieces",
     "barriers",
     "movement",
+    "forces",
     "sliding",
     "flow",
     "descent",
