@@ -82,7 +82,7 @@ def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> No
     from flowsim import plots
 
     terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 160, highlight=False)
+    console = Console(width=None if terminal else 190, highlight=False)
     console.print(
         f"flowsim {__version__}: {experiment.name}, {len(experiment.rules)} runs of {len(experiment.seeds)} seeds"
     )

@@ -5,14 +5,12 @@ kinks at hand, a step needs A⁻¹, the damping M A = (1 + γτ A⁻¹JᵀSJ)⁻
 them from matrices among examples and among kinks; nothing P × P is formed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowsim import boxqp
 from flowsim.block_norms import Euclidean
 from flowsim.boxqp import LowRank
 from flowsim.kernels import reference as kernels
@@ -185,22 +183,6 @@ class Hold:
 
     def combine(self, force: Tensor, size: int) -> Tensor:
         return self.pack.combine(self.net, force, size)
-
-    def smoothed(self, damping: Damping, sliding: Bool[Tensor, "B N m"]) -> Callable[[Tensor], Tensor]:
-        """v ↦ v − (1 − M)³v: a velocity along the kinks without its stiff part, otherwise to third order.
-
-        Off the slow manifold the velocity points back to it, and a polynomial through it over a long step would leave
-        it. M damps among velocities that stay on the kinks in ``sliding``.
-        """
-        free = self.pack.take(sliding.to(self.blocks)) > 0
-        solve = boxqp.ridged(self.blocks, self.low_rank)[0].factored(free)
-
-        def stiff(v: Tensor) -> Tensor:
-            damped = damping(v)
-            held = self.combine(solve(self.along(damped)), v.shape[1])
-            return v - damped + damping(damping.metric.raised(held))
-
-        return lambda v: v - stiff(stiff(stiff(v)))
 
 
 def _coupled_by_neuron(pack: Pack, damping: Damping, net: TwoLayer) -> Float[Tensor, "B G c R"]:

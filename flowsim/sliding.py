@@ -31,7 +31,7 @@ from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, s
 from flowsim.kernels import reference as kernels
 from flowsim.kinks import Point, TwoLayer
 from flowsim.problem import Objective, Problem
-from flowsim.state import Segment, State, Status, march
+from flowsim.state import State, Status, march
 
 GAMMA = 1 - 0.5**0.5
 
@@ -61,8 +61,6 @@ class Trial:
     multipliers: Float[Tensor, "B N m"]
     stuck: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
-    hold: Hold
-    damping: Damping
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ class Sliding:
             step_size=state.step_size if "paused" in state.memory else torch.full_like(state.step_size, 1e-3),
             readings=state.readings | {"lam": sample.lam},
             tallies=state.tallies | extra | {"gradients": state.tallies["gradients"] + count, "sliding": sliding},
-            memory=remember(sample) | {"paused": torch.zeros_like(count)},
+            memory=remember(sample) | {"paused": torch.zeros_like(count), "tau": torch.zeros_like(count)},
             multipliers=multipliers.flatten(1),
-            segment=_dense(still, None, multipliers, multipliers),
+            segment=replace(still, multipliers0=multipliers.flatten(1), multipliers1=multipliers.flatten(1)),
         )
         return state.stopped(sample.dual == 0, Status.STATIONARY)
 
@@ -109,13 +107,10 @@ class Sliding:
         inner = replace(field, clock=GRADIENT)
         # one trajectory at a time: sets of kinks differ, and padding to the largest would round by batch-mates
         for row in torch.arange(len(state.w), device=state.w.device).split(1):
-            local = march(
-                lambda part, s: self._step(inner, metric, part, s),
-                problem.select(row),
-                state.select(row),
-                until.select(row),
-                budget,
-            )
+            part, begun = problem.select(row), state.select(row)
+            local = march(lambda p, s: self._step(inner, metric, p, s), part, begun, until.select(row), budget)
+            if bool((local.readings["steps"] > begun.readings["steps"]).all()):
+                local = _readable(metric, part, local)
             state = state.scatter(row, local)
         return state
 
@@ -140,12 +135,10 @@ class Sliding:
             "rejected": state.tallies["rejected"] + 1 - yes,
         }
         gained = {"sliding": _count(_between(multipliers)), "releases": tallies["releases"] + _count(released)}
-        moved = replace(
-            moved,
-            multipliers=multipliers.flatten(1),
-            tallies=tallies | gained,
-            segment=_dense(moved.segment, trial, state.multipliers.view_as(multipliers), multipliers),
-        )
+        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=tallies | gained)
+        assert moved.segment is not None
+        step = replace(moved.segment, multipliers0=state.multipliers, multipliers1=moved.multipliers)
+        moved = replace(moved, segment=step)
         state = moved.where(accepted, replace(state, tallies=tallies))
         return self._judged(state, excess)
 
@@ -199,7 +192,7 @@ class Sliding:
         w = state.w + h * (1.5 * k1 + 0.5 * k2)
         stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
         multipliers = pack.put(used, _share(two.force, upper1))
-        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved, hold, damping)
+        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved)
 
     def _within_reach(
         self, metric: Metric, net: TwoLayer, point: Point, first: Sample, tau: Tensor
@@ -257,7 +250,7 @@ class Sliding:
             state,
             w=trial.w,
             readings=readings,
-            memory=remember(b) | {"paused": torch.zeros_like(tau)},
+            memory=remember(b) | {"paused": torch.zeros_like(tau), "tau": tau},
             segment=segment(problem, state, trial.w, a, b, tau, readings),
         )
 
@@ -299,14 +292,32 @@ def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
     return objective, Metric.of(field.norm)
 
 
-def _dense(step: Segment | None, trial: Trial | None, start: Tensor, end: Tensor) -> Segment:
-    """The step with the multipliers at both ends, and slopes that its polynomial can follow."""
+def _readable(metric: Metric, problem: Problem, state: State) -> State:
+    """The state with slopes of its last step that a cubic over a long step can follow.
+
+    Off the slow manifold the velocity points back to it, and the cubic would leave it. So the slopes lose their stiff
+    part (1 − M)³v, with M the damping among velocities that stay on the kinks of both ends; what remains of the rest
+    is exact to third order in the step. Only steps that are read need it.
+    """
+    step = state.segment
     assert step is not None
-    step = replace(step, multipliers0=start.flatten(1), multipliers1=end.flatten(1))
-    if trial is None:
-        return step
-    smooth = trial.hold.smoothed(trial.damping, _between(start) & _between(end))
-    return replace(step, slope0=smooth(step.slope0), slope1=smooth(step.slope1))
+    assert step.multipliers0 is not None
+    assert step.multipliers1 is not None
+    net = problem.two_layer(len(step.w0))
+    point = net.at(step.w0)
+    given = _sides(net, point, step.multipliers0.view_as(point.z))
+    damping = Damping.at(metric, point, point.slopes(given), GAMMA * state.memory["tau"])
+    sliding = (_between(step.multipliers0) & _between(step.multipliers1)).view_as(point.z)
+    hold = Hold.of(Pack.of(sliding, metric.scales is not None), damping, net, point)
+    solve = boxqp.ridged(hold.blocks, hold.low_rank)[0].factored(hold.pack.valid)
+
+    def stiff(v: Tensor) -> Tensor:
+        damped = damping(v)
+        held = hold.combine(solve(hold.along(damped)), v.shape[1])
+        return v - damped + damping(metric.raised(held))
+
+    slopes = [slope - stiff(stiff(stiff(slope))) for slope in (step.slope0, step.slope1)]
+    return replace(state, segment=replace(step, slope0=slopes[0], slope1=slopes[1]))
 
 
 def _share(force: Tensor, upper: Tensor) -> Tensor:
