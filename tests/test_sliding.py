@@ -133,7 +133,7 @@ def peers(d, n, seed):
     return fs.data.peers_net(d, 64, n, seed=seed)
 
 
-def small(loss=fs.exponential, *, outputs=1, activation=fs.relu, seed=0, n=15, d=6, width=10):
+def small(loss=fs.exponential, *, outputs=1, activation=fs.relu, seed=1, n=10, d=6, width=10):
     """A small net on Gaussian inputs with random labels."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=g, dtype=torch.float64)
@@ -186,7 +186,7 @@ def weights(neurons, outer):
     return torch.from_numpy(np.concatenate([np.concatenate(neurons), outer]))[None]
 
 
-@pytest.mark.parametrize("rtol", [1e-3, 1e-5])
+@pytest.mark.parametrize("rtol", [1e-3, 1e-4])
 def test_one_neuron_slides_on_the_example_it_must_not_see(rtol):
     """q = q₁ = s a² with w = a·PERP2: q̇ = 2s q e^{−q}, so that t = (Ei(q) − Ei(q₀))/2s; q₂ = 0 throughout."""
     start = 0.4
@@ -195,12 +195,12 @@ def test_one_neuron_slides_on_the_example_it_must_not_see(rtol):
     run = flow(two_examples(1), weights([start * PERP2], [start]), fs.lam(levels), rtol=rtol, strict=True)
     for k, q in enumerate((0.3, 0.7, 1.5, 3.0), start=1):
         a = math.sqrt(q / SINE)
-        assert run.weights[k, 0] == pytest.approx([*(a * PERP2), a], abs=30 * rtol**1.5)
-        assert run.weights[k, 0, :3] @ X2 == pytest.approx(0, abs=1e-15)
+        assert run.weights[k, 0] == pytest.approx([*(a * PERP2), a], abs=0.03 * rtol)
+        assert run.weights[k, 0, :3] @ X2 == pytest.approx(0, abs=1e-13)
         assert run["log_time"][k, 0] == pytest.approx(math.log((expi(q) - expi(q0)) / (2 * SINE)), abs=3 * rtol)
-        assert run["arclength"][k, 0] == pytest.approx(math.sqrt(2) * (a - start), abs=10 * rtol)
-    q = SINE * float(run.final.w[0, 3]) ** 2
-    assert run.final.multipliers[0] == pytest.approx([1, COSINE * math.exp(-q)], abs=1e-12)
+    a = float(run.final.w[0, 3])
+    assert run.final.multipliers[0].tolist() == pytest.approx([1, COSINE * math.exp(-SINE * a**2)], abs=1e-11)
+    assert float(run.final.readings["arclength"]) == pytest.approx(math.sqrt(2) * (a - start), abs=0.3 * rtol)
     assert run["tally_sliding"][:, 0] == pytest.approx(1)
 
 
@@ -210,14 +210,15 @@ def test_two_neurons_that_slide_on_the_examples_of_each_other(stop):
     start = 0.5
     w0 = weights([start * PERP2, start * PERP1], [start, -start])
     run = flow(two_examples(2), w0, fs.lam(stop, saves=4), strict=True)
+    assert run["steps"][-1, 0] < 400
     for k in range(4):
         a = math.sqrt((run["lam"][k, 0] + math.log(2)) / SINE)
-        assert run.weights[k, 0] == pytest.approx([*(a * PERP2), *(a * PERP1), a, -a], rel=1e-9, abs=1e-9)
-    assert run.final.multipliers[0] == pytest.approx([1, COSINE, COSINE, 1], abs=1e-9)
+        assert run.weights[k, 0] / a == pytest.approx([*PERP2, *PERP1, 1, -1], abs=1e-10)
+    assert run.final.multipliers[0].tolist() == pytest.approx([1, COSINE, COSINE, 1], abs=1e-8)
     q0, q = SINE * start**2, float(run.final.readings["lam"][0]) + math.log(2)
     log_time = math.log((expi(q) - expi(q0)) / (2 * SINE)) if q < 600 else q - math.log(q - 1) - math.log(2 * SINE)
-    assert float(run.final.readings["log_time"][0]) == pytest.approx(log_time, abs=5e-3)
-    assert run["dissipated"][-1] == pytest.approx(run["lam"][-1] - run["lam"][0], rel=2e-4)
+    assert float(run.final.readings["log_time"][0]) == pytest.approx(log_time, abs=1e-3)
+    assert run["dissipated"][-1] == pytest.approx(run["lam"][-1] - run["lam"][0], rel=1e-5)
 
 
 def test_unequal_layers_slide_on_a_hyperbola():
@@ -225,7 +226,7 @@ def test_unequal_layers_slide_on_a_hyperbola():
     w0 = weights([0.9 * PERP2], [0.3])
     run = flow(two_examples(1), w0, fs.lam([-0.3, -0.1, -0.05]), rtol=1e-4, strict=True)
     size, a = np.linalg.norm(run.weights[:, 0, :3], axis=1), run.weights[:, 0, 3]
-    assert size**2 - a**2 == pytest.approx(0.72, abs=1e-5)
+    assert size**2 - a**2 == pytest.approx(0.72, abs=5e-4)
     assert -np.log1p(np.exp(-SINE * a * size)) == pytest.approx(run["lam"][:, 0], abs=1e-12)
 
 
@@ -251,8 +252,8 @@ def test_a_neuron_arrives_at_its_kink_and_slides():
 
     level.terminal = True
     then = solve_ivp(along, (0, 100), first.y[:, -1], events=level, **tight)
-    run = flow(problem, torch.from_numpy(start)[None], fs.lam([-0.05]), rtol=1e-5, strict=True)
-    assert run.weights[-1, 0] == pytest.approx(then.y[:, -1], abs=1e-5)
+    run = flow(problem, torch.from_numpy(start)[None], fs.lam([-0.05]), rtol=1e-4, strict=True)
+    assert run.weights[-1, 0] == pytest.approx(then.y[:, -1], abs=1e-4)
     assert run["tally_sliding"][:, 0].tolist() == [0, 1]
 
 
@@ -269,7 +270,7 @@ def check_against_small_steps(d, n, seed, decades, c, *, rtol=1e-3, close=1e-4):
     assert margins(problem, coarse) == pytest.approx(expected, abs=close / 3)
     assert margins(problem, run.weights[1:, 0]) == pytest.approx(expected, abs=close)
     assert run["log_time"][1:, 0] == pytest.approx(log_time, abs=1e-3)
-    assert np.linalg.norm(run.weights[1:, 0] - fine, axis=1) <= pytest.approx(0.02 * np.linalg.norm(fine, axis=1))
+    assert (np.linalg.norm(run.weights[1:, 0] - fine, axis=1) < 5e-3 * np.linalg.norm(fine, axis=1)).all()
     assert run["tally_sliding"][-1, 0] > 30
 
 
@@ -319,15 +320,385 @@ def inverse_of(problem, norm, inverse):
 def test_small_steps_tend_to_the_flow_in_every_quadratic_norm_and_loss(name):
     loss, outputs, activation, norm, inverse = SETTINGS[name]
     problem, w0 = small(loss, outputs=outputs, activation=activation)
-    levels = [0.0, 2.0, 4.0] if loss is fs.squared else [0.0, 2.0, 8.0]
-    run = flow(problem, w0, fs.lam(levels), norm=norm, rtol=1e-4, strict=True)
+    levels = [0.0, 1.5] if loss is fs.squared else [1.0, 2.0, 6.0]
+    run = flow(problem, w0, fs.lam(levels), norm=norm, rtol=5e-4, strict=True)
     leak = float(activation.slope(torch.tensor([-1.0]))[0])
     steps = Steps.of(problem, leak=leak, inverse=inverse_of(problem, norm, inverse))
-    expected, log_time = steps.run(w0[0].numpy(), levels, 2e-3)
+    expected, log_time = steps.run(w0[0].numpy(), levels, 4e-3 if loss is fs.squared else 4e-2)
     size = np.linalg.norm(expected, axis=1)
     assert np.linalg.norm(run.weights[1:, 0] - expected, axis=1) / size == pytest.approx(0, abs=2e-3)
     assert run["log_time"][1:, 0] == pytest.approx(log_time, abs=3e-3)
     if loss is not fs.squared:
         ours, theirs = (margins(problem, w, norm) for w in (run.weights[1:, 0], expected))
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=5e-4)
     assert run["tally_sliding"].max() >= 1
+
+
+# Norms
+
+
+def same(run, other, close=1e-6):
+    """Up to rounding, which the choice of step sizes amplifies."""
+    assert run["steps"][-1] == pytest.approx(other["steps"][-1], rel=close)
+    assert run.weights == pytest.approx(other.weights, rel=close, abs=close)
+    for name in ("lam", "log_time", "arclength", "dissipated"):
+        assert run[name][1:] == pytest.approx(other[name][1:], rel=close, abs=close)
+
+
+def test_metrics_written_in_two_ways_are_one():
+    problem, w0 = small()
+    scales = {"W1": 0.5, "W2": 2.0}
+    diagonal = torch.cat([torch.full((b.size,), scales[b.name] ** -2) for b in problem.layout]).double()
+    unit = torch.ones(problem.size, dtype=torch.float64)
+    for one, other in (
+        (fs.L2(), fs.Mahalanobis(unit)),
+        (fs.L2(), fs.Mahalanobis(torch.diag(unit))),
+        (fs.L2(), fs.Euclidean(fs.L2())),
+        (fs.Euclidean(fs.L2(), scales), fs.Mahalanobis(diagonal)),
+        (fs.Mahalanobis(diagonal), fs.Mahalanobis(torch.diag(diagonal))),
+    ):
+        same(*(flow(problem, w0, fs.lam([0.0, 5.0, 30.0]), norm=norm, strict=True) for norm in (one, other)))
+
+
+def test_norms_that_are_not_quadratic_are_refused():
+    problem, w0 = small()
+    for norm in (fs.Linf(), fs.Lp(3.0), fs.Euclidean(fs.Linf())):
+        with pytest.raises(ValueError, match="expected a quadratic one .*try flowsim.SmallStep"):
+            flow(problem, w0, fs.lam(1.0), norm=norm)
+
+
+# Symmetries
+
+
+def test_scaled_data_and_weights_have_scaled_paths():
+    problem, w0 = small()
+    scaled = fs.Problem(problem.net, 16 * problem.x, problem.y, problem.loss)
+    run, other = flow(problem, w0, fs.lam([5.0, 30.0])), flow(scaled, w0 / 4, fs.lam([5.0, 30.0]))
+    assert 4 * other.weights == pytest.approx(run.weights, abs=1e-6)
+
+
+def test_rotated_inputs_and_permuted_neurons_have_the_same_path():
+    problem, w0 = small()
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)).double())[0]
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(2))
+    rows = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+
+    def turned(w):
+        first, last = w[..., :60].unflatten(-1, (10, 6)), w[..., 60:]
+        return torch.cat([(first @ turn)[..., order, :].flatten(-2), last[..., order]], -1)
+
+    other = fs.Problem(problem.net, problem.x[rows] @ turn, problem.y[rows], problem.loss)
+    run, image = flow(problem, w0, fs.lam([5.0, 30.0])), flow(other, turned(w0), fs.lam([5.0, 30.0]))
+    assert turned(torch.from_numpy(run.weights)).numpy() == pytest.approx(image.weights, abs=1e-6)
+
+
+# Order
+
+
+class Fixed(Sliding):
+    """Steps of one size."""
+
+    def _excess(self, problem, metric, state, trial, point, moved):
+        return torch.zeros_like(state.step_size)
+
+    def _judged(self, state, excess):
+        return state
+
+
+def fixed_steps(problem, state, size, count):
+    """The state after ``count`` steps, each of relative arclength ``size``."""
+    rule = fs.SteepestFlow(fs.L2())
+    state = replace(state, step_size=torch.full_like(state.step_size, size))
+    until = Target(STEPS, state.readings["steps"] + count)
+    return Fixed(1e-3, 1e-12).advance(rule._field(problem), problem, state, until, count)
+
+
+def at_level(before, after, level):
+    """Weights at Λ = level between two states, by the cubic through dw/dΛ = h/‖h‖²."""
+    first, last = (float(s.readings["lam"]) for s in (before, after))
+    rise, u = last - first, (level - first) / (last - first)
+    start, end = (rise * s.memory["ascent"] / s.memory["dual"][:, None] ** 2 for s in (before, after))
+    gap = after.w - before.w
+    return before.w + u * (start + u * ((3 * gap - 2 * start - end) + u * (start + end - 2 * gap)))
+
+
+def order(starts, span, sizes):
+    """The slope of the mean error, in the weights at equal Λ, over the sizes of steps."""
+    errors = []
+    for problem, start in starts:
+        ends = [fixed_steps(problem, start, h, round(span / h)) for h in sizes]
+        state, found = start, {}
+        while len(found) < len(ends):
+            then = fixed_steps(problem, state, min(sizes) / 8, 1)
+            for k, end in enumerate(ends):
+                level = float(end.readings["lam"])
+                if k not in found and float(then.readings["lam"]) >= level:
+                    found[k] = at_level(state, then, level)
+            state = then
+        errors.append([float((end.w - found[k]).norm() / end.w.norm()) for k, end in enumerate(ends)])
+    mean = np.exp(np.log(errors).mean(0))
+    return np.polyfit(np.log(sizes), np.log(mean), 1)[0], mean
+
+
+def sliding_start(d, n, seed, level=2.0):
+    problem, w0 = peers(d, n, seed)
+    run = flow(problem, w0, fs.lam([level]), strict=True)
+    state = replace(run.final, status=torch.zeros_like(run.final.status))
+    return problem, fixed_steps(problem, state, 1e-3, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the measured order is about 1.2")
+def test_steps_are_of_second_order_through_sliding():
+    starts = [sliding_start(20, 50, seed) for seed in range(4)]
+    assert min(float(state.tallies["sliding"]) for _, state in starts) > 100
+    slope, errors = order(starts, 0.08, [0.04, 0.02, 0.01, 0.005])
+    assert 1.7 < slope < 2.5, (slope, errors)
+
+
+def test_steps_converge_through_sliding():
+    """An eighth of the step size leaves less than a fifth of the error."""
+    _, errors = order([sliding_start(20, 50, seed) for seed in (0, 1)], 0.04, [0.04, 0.005])
+    assert errors[1] < 0.2 * errors[0] < 2e-4
+
+
+# Laws of the flow
+
+
+def check_energy(states, close):
+    lam, dissipated = column(states, "lam"), column(states, "dissipated")
+    assert dissipated[-1] / (lam[-1] - lam[0]) == pytest.approx(1, abs=close)
+
+
+def test_energy_balances():
+    check_energy(long_walk(), 2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_energy_balances_to_the_tolerance(seed):
+    check_energy(walk(*peers(20, 50, seed), 1e4, 1e-4), 1e-5)
+
+
+def test_the_soft_margin_rises_at_every_step_once_it_is_positive():
+    states = long_walk()
+    lam, size = column(states, "lam"), np.array([float(s.w.norm()) for s in states])
+    margin = (lam / size**2)[lam > 0]
+    assert len(margin) > 50
+    assert (np.diff(margin) >= -1e-12 * margin[1:]).all()
+    assert (np.diff(lam) > 0).all()
+
+
+def test_alignment_pays_for_the_growth_of_the_margin():
+    """∫(1/α − 1) dσ ≤ ½ log(γ̃₂/γ̃₁), with the α of the selected gradient, and α → 1."""
+    states = [s for s in long_walk() if float(s.readings["lam"]) > 0]
+    size = np.array([float(s.w.norm()) for s in states])
+    alpha = np.array([float((s.w * s.memory["ascent"]).sum() / s.memory["dual"]) for s in states]) / size
+    relative, log_margin = column(states, "relative"), np.log(column(states, "lam") / size**2)
+    paid = np.cumsum(np.diff(relative) * ((1 / alpha - 1)[1:] + (1 / alpha - 1)[:-1]) / 2)
+    for first in (0, 20, 60):
+        gained = 0.5 * (log_margin - log_margin[first])
+        assert (paid[first:] - (paid[first - 1] if first else 0) <= gained[first + 1 :] + 1e-3).all()
+    assert alpha[-1] == pytest.approx(1, abs=5e-3)
+    assert (alpha <= 1 + 1e-12).all()
+
+
+def test_time_at_the_end_is_that_of_theory():
+    """t𝓛Λ·4γ → 1 for nets of degree 2."""
+    last = long_walk()[-1]
+    lam = float(last.readings["lam"])
+    gamma = lam / float(last.w.norm()) ** 2
+    assert float(last.readings["log_time"]) - lam + math.log(lam) + math.log(4 * gamma) == pytest.approx(0, abs=1e-2)
+
+
+def test_sliding_pairs_stay_on_their_kinks_and_their_gradient_is_the_least():
+    """Hundreds of steps on: the stored multipliers against bounded least squares over Clarke's set."""
+    problem, _ = peers(20, 50, 1)
+    last = long_walk()[-1]
+    x, width, (first, outer) = problem.x.numpy(), 64, last.w[0].split([64 * 20, 64])
+    first = first.view(64, 20).numpy()
+    z = x @ first.T
+    size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(first, axis=1)
+    D = last.multipliers.view(50, 64).numpy()
+    sliding = (D > 0) & (D < 1)
+    assert sliding.sum() > 200
+    assert (np.abs(z)[sliding] <= 1e-12 * size[sliding]).all()
+    assert np.array_equal(D[~sliding & (np.abs(z) > 1e-12 * size)], (z > 0)[~sliding & (np.abs(z) > 1e-12 * size)])
+
+    _, cotangent = ascent_exponential((np.maximum(z, 0) @ outer.numpy())[:, None], problem.y.numpy())
+    force = cotangent * outer.numpy()
+    on = (np.abs(z) <= 1e-12 * size) & (force < 0)
+    expected = np.zeros_like(first)
+    for j in range(width):
+        base = (force[:, j] * ~on[:, j] * (z[:, j] > 0)) @ x
+        expected[j] = base
+        if on[:, j].any():
+            normals = (force[on[:, j], j, None] * x[on[:, j]]).T
+            share = lsq_linear(normals, -base, bounds=(0, 1), method="bvls", tol=1e-14).x
+            expected[j] += normals @ share
+    h = last.memory["ascent"][0].numpy()
+    scale = np.linalg.norm(h)
+    assert h[: width * 20].reshape(width, 20) == pytest.approx(expected, abs=1e-7 * scale)
+    assert float(last.memory["dual"]) == pytest.approx(scale, rel=1e-12)
+    assert float(problem.ascent(last.w)[1].norm()) > 1.005 * scale
+
+
+# Releases
+
+
+def test_released_pairs_are_counted_and_their_side_is_a_choice():
+    problem, w0 = peers(100, 20, 1)
+    runs = [flow(problem, w0, fs.lam([0.0, 5.0]), farther=farther, strict=True) for farther in (False, False, True)]
+    assert np.array_equal(runs[0].weights, runs[1].weights)
+    assert [run["tally_releases"][-1, 0] > 0 for run in runs] == [True, True, True]
+    assert np.abs(runs[0].weights[-1] - runs[2].weights[-1]).max() > 1e-4
+    for run in runs:
+        risen = run["lam"][-1] - run["lam"][0]
+        assert run["dissipated"][-1] == pytest.approx(risen, rel=1e-3)
+        assert (np.diff(run["tally_releases"][:, 0]) >= 0).all()
+
+
+# Batches, saved states, number formats
+
+
+def test_trajectories_of_a_batch_are_single_ones_bit_for_bit():
+    singles = [small(seed=seed) for seed in (0, 1, 2)]
+    x = torch.stack([p.x for p, _ in singles])
+    y = torch.stack([p.y for p, _ in singles])
+    batch = fs.Problem(singles[0][0].net, x, y, fs.exponential)
+    until = fs.lam([0.0, 5.0, 30.0])
+    together = flow(batch, torch.cat([w for _, w in singles]), until, strict=True)
+    for b, (problem, w0) in enumerate(singles):
+        alone = flow(problem, w0, until, strict=True)
+        assert np.array_equal(alone.weights[:, 0], together.weights[:, b])
+        assert torch.equal(alone.final.multipliers[0], together.final.multipliers[b])
+        for name in ("lam", "log_time", "dissipated", "tally_gradients", "tally_sliding"):
+            assert np.array_equal(alone[name][:, 0], together[name][:, b]), name
+
+
+def test_shared_data_and_several_starts():
+    problem, _ = small()
+    w0 = problem.net.init(seeds=range(3), scale=0.7)
+    together = flow(problem, w0, fs.lam([5.0]), strict=True)
+    for b in range(3):
+        assert np.array_equal(flow(problem, w0[b : b + 1], fs.lam([5.0])).weights[:, 0], together.weights[:, b])
+
+
+@pytest.mark.parametrize("stop", [3.0, 5.0])
+def test_a_run_that_is_resumed_is_the_unbroken_one(stop):
+    problem, w0 = peers(20, 50, 1)
+    unbroken = flow(problem, w0, fs.lam([stop, 15.0]))
+    part = flow(problem, w0, fs.lam([stop]))
+    saved = fs.State.from_tensors({name: t.clone() for name, t in part.final.tensors().items()})
+    resumed = flow(problem, saved, fs.lam([15.0]))
+    assert torch.equal(resumed.final.readings["steps"], unbroken.final.readings["steps"])
+    assert torch.equal(resumed.final.w, unbroken.final.w)
+    assert torch.equal(resumed.final.multipliers, unbroken.final.multipliers)
+
+
+@pytest.mark.xfail(strict=True, reason="in single precision all inputs count as parallel to the first")
+def test_single_precision():
+    problem, w0 = small()
+    run, single = (flow(problem, w.clone(), fs.lam([0.0, 20.0]), max_steps=200) for w in (w0, w0.float()))
+    assert single.final.w.dtype == torch.float32
+    assert single.statuses == [fs.Status.DONE]
+    assert single.weights == pytest.approx(run.weights, abs=1e-2)
+
+
+# Degenerate problems
+
+
+def test_an_example_given_twice():
+    problem, w0 = small()
+    x, y = problem.x[[*range(10), 0, 3, 3]], problem.y[[*range(10), 0, 3, 3]]
+    twice = fs.Problem(problem.net, x, y, problem.loss)
+    run = flow(twice, w0, fs.lam([1.0, 6.0]), strict=True)
+    expected, _ = Steps.of(twice).run(w0[0].numpy(), [1.0, 6.0], 0.04)
+    assert margins(twice, run.weights[1:, 0]) == pytest.approx(margins(twice, expected), rel=1e-3)
+    assert np.linalg.norm(run.weights[1:, 0] - expected, axis=1) == pytest.approx(0, abs=1e-2)
+
+
+def test_inputs_on_one_line_through_the_origin():
+    """Pairs of opposite and of multiple inputs share their kinks."""
+    problem, w0 = small()
+    x, y = torch.cat([problem.x, -2 * problem.x[:4], 3 * problem.x[5:7]]), problem.y[[*range(10), 3, 0, 1, 2, 5, 6]]
+    shared = fs.Problem(problem.net, x, y, problem.loss)
+    run = flow(shared, w0, fs.lam([0.0, 4.0]), rtol=5e-4, strict=True)
+    expected, _ = Steps.of(shared).run(w0[0].numpy(), [0.0, 4.0], 0.02)
+    size = np.linalg.norm(expected, axis=1)
+    assert np.linalg.norm(run.weights[1:, 0] - expected, axis=1) / size == pytest.approx(0, abs=3e-3)
+
+
+def test_one_example():
+    problem, w0 = small(n=1)
+    run = flow(problem, w0, fs.lam([100.0]), strict=True)
+    assert run["dissipated"][-1] == pytest.approx(run["lam"][-1] - run["lam"][0], rel=1e-3)
+
+
+def test_neurons_that_no_example_reaches_never_move():
+    problem, w0 = small(activation=fs.relu)
+    x = problem.x.clone()
+    x[:, 0] = x[:, 0].abs() + 0.5
+    w0 = w0.clone()
+    w0[:, :6] = torch.tensor([-3.0, 0, 0, 0, 0, 0]) - 1e-3
+    w0[:, :6] *= 1.0
+    x[:, 1:] *= 0.2
+    dead = fs.Problem(problem.net, x, problem.y, problem.loss)
+    run = flow(dead, w0, fs.lam([0.0]), max_steps=500)
+    assert (problem.net.outputs(w0, x).isfinite()).all()
+    assert ((x @ w0[0, :6]) < 0).all()
+    moved = run.final.w - w0
+    assert torch.equal(moved[:, :6], torch.zeros(1, 6).double())
+    assert float(moved[0, 60]) == 0
+    assert float(moved.abs().max()) > 0.01
+
+
+def test_where_nothing_moves():
+    problem, w0 = small()
+    assert flow(problem, 0 * w0, fs.lam([1.0])).statuses == [fs.Status.STATIONARY]
+    positive = fs.Problem(problem.net, problem.x.abs(), problem.y, problem.loss)
+    dead = torch.cat([-w0[:, :60].abs(), w0[:, 60:]], 1)
+    assert flow(positive, dead, fs.lam([1.0])).statuses == [fs.Status.STATIONARY]
+
+
+def unsolvable(name):
+    problem, w0 = small(width=2) if name == "narrow" else small()
+    x, y = problem.x, problem.y
+    if name == "contradictory labels":
+        x, y = torch.cat([x, x[:2]]), torch.cat([y, -y[:2]])
+    elif name == "only contradictory labels":
+        x, y = torch.cat([x[:1], x[:1]]), torch.tensor([1, -1])
+    elif name == "narrow":
+        g = torch.Generator().manual_seed(0)
+        x, y = torch.randn(40, 6, generator=g).double(), 2 * torch.randint(2, (40,), generator=g) - 1
+    return fs.Problem(problem.net, x, y, problem.loss), w0
+
+
+UNSOLVABLE = ["contradictory labels", "only contradictory labels", "narrow"]
+
+
+@pytest.mark.xfail(strict=True, reason="steps that only fail to rise are reported as NaN or infinite numbers")
+@pytest.mark.parametrize("name", ["an example that no neuron reaches", "only contradictory labels"])
+def test_losses_that_cannot_fall_further_are_not_called_infinite(name):
+    problem, w0 = small(fs.logistic, seed=0, n=15) if name.startswith("an") else unsolvable(name)
+    run = flow(problem, w0, fs.lam([8.0]), max_steps=400)
+    assert run.statuses[0] is not fs.Status.NONFINITE
+
+
+@pytest.mark.parametrize("name", UNSOLVABLE)
+def test_losses_that_stay_above_zero_end_with_a_status(name):
+    problem, w0 = unsolvable(name)
+    run = flow(problem, w0, fs.lam([5.0]), max_steps=400)
+    assert run.statuses[0] not in (fs.Status.RUNNING, fs.Status.DONE)
+    assert bool(torch.isfinite(run.final.w).all())
+    assert float(run.final.readings["lam"]) < 0 + 1e-9
+    assert float(run.final.readings["dissipated"]) == pytest.approx(
+        float(run.final.readings["lam"]) - run["lam"][0, 0], abs=1e-2
+    )
+
+
+def test_regression_reaches_a_small_loss():
+    problem, w0 = small(fs.squared, n=5)
+    run = flow(problem, w0, fs.lam([20.0]), max_steps=2000)
+    assert run.statuses == [fs.Status.DONE], run.final.readings["lam"]
+    assert float(problem.outputs(run.final.w).sub(problem.y).abs().max()) < 1e-4
