@@ -167,3 +167,30 @@ def test_measurements_survive_losses_beyond_the_number_format():
     assert float(found["soft_margin_linf"]) == pytest.approx(1 - math.log(2) / 1e6, rel=1e-14)
     assert float(found["alignment_linf"]) == pytest.approx(1, rel=1e-12)
     assert float(found["entropy"]) == pytest.approx(math.log(2))
+
+
+def test_on_kinks_the_gradient_is_the_one_that_the_flow_has_selected():
+    problem, w0 = fs.data.peers_net(6, 16, 12, seed=1)
+    found = {}
+
+    def observe(problem, state):
+        h = fs.diagnostics.ascent(problem, state)
+        found[float(state.readings["lam"][0])] = (h, problem.ascent(state.w)[1], state)
+        return h.norm(dim=-1)
+
+    flow = fs.SteepestFlow(fs.L2(), rtol=1e-3)
+    run = fs.simulate(problem, flow, w0, until=fs.lam([2.0, 20.0]), observe={"dual": observe})
+    final = run.final
+    h, selected = fs.diagnostics.ascent(problem, final), fs.select(problem, fs.L2(), final.w, final.multipliers)
+    torch.testing.assert_close(h, selected.ascent, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(h, final.memory["ascent"], rtol=1e-12, atol=1e-14)
+    slid = [pair for lam, pair in found.items() if lam > 1]
+    assert all(h.norm() < 0.99 * auto.norm() for h, auto, _ in slid)
+    alpha = fs.diagnostics.alignment(fs.L2())(problem, final)
+    assert alpha == pytest.approx(float((final.w * h).sum() / final.w.norm() / h.norm()))
+
+
+def test_without_multipliers_the_gradient_is_that_of_autograd():
+    problem, w0 = fs.data.peers_net(6, 16, 12, seed=1)
+    final = fs.simulate(problem, fs.SmallStep(fs.L2()), w0, until=fs.lam(2.0, saves=3)).final
+    assert torch.equal(fs.diagnostics.ascent(problem, final), problem.ascent(final.w)[1])
