@@ -94,7 +94,7 @@ def accuracy(net: Net) -> list[dict[str, Any]]:
             found = {"milestone": names[k], "error": abs(row["soft_margin"] / value - 1)}
             rows.append(found | row | {"reference": source, "reference_spread": spread})
     rows[-1]["largest_fall"] = largest_fall(net, flows[TOLERANCES.index(1e-3)][-1]["steps"])
-    return [net.columns | printable(row) | surroundings() for row in rows + in_time(net)]
+    return [line(net, row) for row in rows + in_time(net)]
 
 
 def in_time(net: Net) -> list[dict[str, Any]]:
@@ -121,12 +121,15 @@ def width(net: Net, levels: list[str], max_steps: int = 100_000, chunk: int = 0)
         points = list(range(chunk, max_steps + 1, chunk))
         rows = flow(net, 1e-3, fs.steps(points))[1]
         named = zip((f"step {k}" for k in points), rows, strict=False)
-    return [net.columns | printable({"milestone": name} | row) | surroundings() for name, row in named]
+    return [line(net, {"milestone": name} | row) for name, row in named]
 
 
-def printable(row: dict[str, Any]) -> dict[str, Any]:
+def line(net: Net, row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is written."""
+    row = {name: row[name] for name in ("method", "tolerance", "milestone")} | row
     digits = {"soft_margin": 10, "lam": 10, "log_time": 10, "mean_loss": 8}
-    return {k: f"{v:.{digits.get(k, 4)}g}" if isinstance(v, float) else v for k, v in row.items()}
+    printed = {k: f"{v:.{digits.get(k, 4)}g}" if isinstance(v, float) else v for k, v in row.items()}
+    return net.columns | printed | surroundings()
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -135,16 +138,18 @@ def plot(rows: list[dict[str, Any]]) -> None:
     sizes = list(dict.fromkeys((row["d"], row["n"]) for row in rows))
     names = ("mean loss 1e-10", "mean loss 1e-100")
     with fs.plots.style():
-        fig, axes = plt.subplots(len(sizes), 2, figsize=(6.75, 2.4 * len(sizes)), sharey=True, layout="constrained")
+        fig, axes = plt.subplots(
+            len(sizes), 2, figsize=(6.75, 2.4 * len(sizes)), sharey=True, layout="constrained", squeeze=False
+        )
         for ax, (size, name) in zip(axes.flat, ((s, m) for s in sizes for m in names), strict=True):
             here = [r for r in rows if (r["d"], r["n"]) == size and r["milestone"] == name]
             for (method, (dash, marker, label)), colour in zip(
                 looks.items(), mpl.color_sequences["petroff10"], strict=False
             ):
                 for seed in sorted({r["seed"] for r in here}):
-                    line = [r for r in here if (r["method"], r["seed"]) == (method, seed) and r["error"]]
-                    ax.plot([r["gradients"] for r in line], [r["error"] for r in line], dash, color=colour, lw=0.8)
-                    for r in line:
+                    curve = [r for r in here if (r["method"], r["seed"]) == (method, seed) and r["error"]]
+                    ax.plot([r["gradients"] for r in curve], [r["error"] for r in curve], dash, color=colour, lw=0.8)
+                    for r in curve:
                         face = "white" if r["releases"] else colour
                         ax.plot(r["gradients"], r["error"], marker, color=colour, mfc=face, ms=3.5)
                 ax.plot([], [], dash, marker=marker, color=colour, ms=3.5, label=label)

@@ -118,13 +118,10 @@ def jax_solver(net: Net, end: float, rtol: float) -> dict[str, Any]:
     watch = Stopwatch()
     found = solve(w0, end)
     w = found.ys[-1].block_until_ready()
-    seconds, taken = watch.read(), found.stats
-    row |= {
-        "seconds": seconds,
-        "steps": int(taken["num_accepted_steps"]),
-        "rejected": int(taken["num_rejected_steps"]),
-    }
-    row |= {"gradients": 6 * int(taken["num_steps"]) + 1}  # the last stage of a step is the first of the next
+    row |= watch.read()
+    taken = {name: int(number) for name, number in found.stats.items() if name.startswith("num_")}
+    row |= {"steps": taken["num_accepted_steps"], "rejected": taken["num_rejected_steps"]}
+    row |= {"gradients": 6 * taken["num_steps"] + 1}  # the last stage of a step is the first of the next
     if found.result != diffrax.RESULTS.successful:
-        return row | {"reached": False, "note": f"stopped after {int(taken['num_steps'])} steps"}
+        return row | {"reached": False, "note": f"stopped after {taken['num_steps']} steps"}
     return row | {"reached": True, "lam": float(gradient(w, x, y, jax.numpy)[0])}
