@@ -181,7 +181,7 @@ def main() -> None:
                 rows += width(Net(20, 50, m, seed), ["mean loss 1e-10", "mean loss 1e-100"])
         rows += width(Net(20, 50, 1024), ["mean loss 1e-10"])
         write(rows, RESULTS / "02_width.csv")
-        rows += width(Net(232, 250, 1024), [], max_steps=20, chunk=5)
+        rows += width(Net(232, 250, 1024), [], max_steps=60, chunk=10)
         write(rows, RESULTS / "02_width.csv")
     if "plot" in options.part:
         plot(read(RESULTS / "02_l2_relu_net.csv"))
