@@ -32,7 +32,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table, with numbers as numbers and empty cells as None."""
+    """The rows of a table, with numbers and truth values as such and empty cells as None."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: _parsed(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
@@ -43,7 +43,7 @@ def _parsed(cell: str) -> Any:
             return kind(cell)
         except ValueError:
             pass
-    return cell or None
+    return {"True": True, "False": False, "": None}.get(cell, cell)
 
 
 class Stopwatch:

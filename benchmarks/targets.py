@@ -205,8 +205,8 @@ def main() -> None:
         f"{', '.join(sorted({row['processor'] for row in every}))}, one thread, load average "
         f"{min(loads)} … {max(loads)}.",
         f"The reference for soft margins is settled to {max(settled):.1e}; smaller errors are not decided.",
-        f"In {len(released)} of {len(problems(tables['02_l2_relu_net']))} problems sliding pairs were released, after which",
-        "several paths are right; there accuracy is measured against the flow's own finest run.",
+        f"In {len(released)} of {len(problems(tables['02_l2_relu_net']))} problems sliding pairs were released;",
+        "after that several paths are right; there accuracy is measured against the flow's own finest run.",
         "",
         "| row | target for | target | measured | reached |",
         "|---|---|---|---|---|",
