@@ -378,7 +378,7 @@ def test_metrics_written_in_two_ways_are_one():
         (fs.Euclidean(fs.L2(), scales), fs.Mahalanobis(diagonal)),
         (fs.Mahalanobis(diagonal), fs.Mahalanobis(torch.diag(diagonal))),
     ):
-        same(*(flow(problem, w0, fs.lam([0.0, 5.0, 30.0]), norm=norm, strict=True) for norm in (one, other)))
+        same(*(flow(problem, w0, fs.lam([0.0, 8.0]), norm=norm, strict=True) for norm in (one, other)))
 
 
 def test_norms_that_are_not_quadratic_are_refused():
@@ -481,6 +481,70 @@ def test_steps_converge_through_sliding():
     """An eighth of the step size leaves less than a fifth of the error."""
     _, errors = order([sliding_start(20, 50, seed) for seed in (0, 1)], 0.04, [0.04, 0.005])
     assert errors[1] < 0.2 * errors[0] < 2e-4
+
+
+BELOW, ABOVE = 0.4 * PERP2 - 0.1 * X2, 0.4 * PERP2 + 0.1 * X2
+FALLING = np.array([SINE, -COSINE, 0.0])
+EVENTS = {  # inputs, labels, start, Λ at the end, whether it slides from there on
+    "arrives from above": (X1, X2, [1, -1], [*ABOVE, 0.5], -0.4, True),
+    "arrives from below": (X1, X2, [1, -1], [*BELOW, 0.5], -0.4, True),
+    "passes where it is attracted": (5 * X1, X2, [1, -1], [*(0.2 * PERP2 - 0.1 * X2), 0.2], -0.35, False),
+    "passes where it is repelled": (8 * X1, FALLING, [1, 1], [0.16, 0.13, 0.0, 0.2], -0.45, False),
+}
+
+
+def behind_a_kink(steps, start, level, slides):
+    """Weights at Λ = level by an ODE solver on either side of the kink of the second example."""
+    x2, tight = steps.x[1], {"rtol": 1e-12, "atol": 1e-14}
+
+    def event(t, w):
+        return w[:3] @ x2
+
+    def end(t, w):
+        return steps.ascent(w)[0] - level
+
+    def velocity(t, w):
+        h = steps.ascent(w)[1]
+        h[:3] -= slides * (h[:3] @ x2) * x2
+        return h
+
+    event.terminal = end.terminal = True
+    first = solve_ivp(lambda t, w: steps.ascent(w)[1], (0, 100), start, events=event, **tight)
+    w = first.y[:, -1]
+    w[:3] -= (w[:3] @ x2 + (not slides) * 1e-13 * np.sign(start[:3] @ x2)) * x2
+    then = solve_ivp(velocity, (0, 100), w, events=end, **tight)
+    assert (first.status, then.status) == (1, 1)
+    return then.y[:, -1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arrives from above",
+        "arrives from below",
+        pytest.param(
+            "passes where it is attracted",
+            marks=pytest.mark.xfail(strict=True, reason="a pass leaves an error of the order of the step"),
+        ),
+        "passes where it is repelled",
+    ],
+)
+def test_one_kink_costs_an_error_of_second_order(name):
+    """The envelope over steps of many sizes: the error depends on where in its step the neuron meets the kink."""
+    first, second, y, start, level, slides = EVENTS[name]
+    net = fs.MLP([3, 1, 1], activation=fs.relu)
+    problem, start = fs.Problem(net, np.stack([first, second]), y, fs.exponential), np.array(start)
+    expected = behind_a_kink(Steps.of(problem), start, level, slides)
+    begin = fs.SteepestFlow(fs.L2()).start(problem, torch.from_numpy(start)[None])
+
+    def error(size):
+        state = then = begin
+        while float(then.readings["lam"]) < level:
+            state, then = then, fixed_steps(problem, then, size, 1)
+        return np.linalg.norm(at_level(state, then, level)[0].numpy() - expected)
+
+    coarse, fine = (max(error(size * 0.9**k) for k in range(4)) for size in (0.04, 0.01))
+    assert fine < coarse / 4**1.6, math.log(coarse / fine) / math.log(4)
 
 
 # Laws of the flow
