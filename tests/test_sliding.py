@@ -651,7 +651,7 @@ def test_trajectories_of_a_batch_are_single_ones_bit_for_bit():
     x = torch.stack([p.x for p, _ in singles])
     y = torch.stack([p.y for p, _ in singles])
     batch = fs.Problem(singles[0][0].net, x, y, fs.exponential)
-    until = fs.lam([0.0, 5.0, 30.0])
+    until = fs.lam([0.0, 8.0])
     together = flow(batch, torch.cat([w for _, w in singles]), until, strict=True)
     for b, (problem, w0) in enumerate(singles):
         alone = flow(problem, w0, until, strict=True)
@@ -663,15 +663,15 @@ def test_trajectories_of_a_batch_are_single_ones_bit_for_bit():
 
 def test_shared_data_and_several_starts():
     problem, _ = small()
-    w0 = problem.net.init(seeds=range(3), scale=0.7)
+    w0 = problem.net.init(seeds=range(2), scale=0.7)
     together = flow(problem, w0, fs.lam([5.0]), strict=True)
-    for b in range(3):
+    for b in range(2):
         assert np.array_equal(flow(problem, w0[b : b + 1], fs.lam([5.0])).weights[:, 0], together.weights[:, b])
 
 
-@pytest.mark.parametrize("stop", [3.0, 5.0])
+@pytest.mark.parametrize("stop", [1.0, 5.0])
 def test_a_run_that_is_resumed_is_the_unbroken_one(stop):
-    problem, w0 = peers(20, 50, 1)
+    problem, w0 = peers(100, 20, 1)
     unbroken = flow(problem, w0, fs.lam([stop, 15.0]))
     part = flow(problem, w0, fs.lam([stop]))
     saved = fs.State.from_tensors({name: t.clone() for name, t in part.final.tensors().items()})
