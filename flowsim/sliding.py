@@ -18,13 +18,13 @@ All linear algebra is in sample space and per neuron: nothing P × P is formed.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowsim import boxqp
+from flowsim.boxqp import Solution
 from flowsim.clocks import GRADIENT, Target
 from flowsim.forces import Damping, Hold, Metric, Pack
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
@@ -67,9 +67,10 @@ class Trial:
 class Sliding:
     """`KinkImplicit` with its tolerances, as a solver of `integrate`.
 
-    The step size kept in a state is relative arclength. A step is accepted where the two stages' results differ by
-    at most ``rtol·‖w‖ + atol``, their margins by at most 100·rtol in the softmax weights' standard deviation, the
-    energy ∫‖h‖_*² dτ and the rise of Λ by at most ``rtol`` of it, and neither Λ nor the soft margin falls.
+    The step size kept in a state is relative arclength. A step is accepted where the results of first and second
+    order differ by at most ``atol + rtol·‖w‖``, their margins by at most 100·rtol in standard deviation under the
+    softmax weights, ∫‖h‖_*² dτ and the rise of Λ by at most ``rtol·(½ + rise/10)``, and where neither Λ nor the
+    soft margin falls. The error of the result, which is the one of second order, is smaller.
     """
 
     rtol: float
@@ -166,7 +167,9 @@ class Sliding:
         hold = Hold.of(pack, damping, net, point)
         z, size = pack.take(point.z), state.w.shape[1]
 
-        def stage(off: Tensor, far: Tensor, lead: Tensor, share: float, upper: Tensor, guess: Tensor) -> Any:
+        def stage(
+            off: Tensor, far: Tensor, lead: Tensor, share: float, upper: Tensor, guess: Tensor
+        ) -> tuple[Tensor, Solution]:
             """The k with ``z + τN(lead + share·k)`` consistent with forces in [0, upper], and the forces."""
             base = damping(metric.raised(off) - far)
             ahead = z / (share * h[..., None]) + hold.along(lead / share + base)
