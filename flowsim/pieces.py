@@ -139,6 +139,12 @@ class _Face:
         rest, *shared = np.split(a * self._weight, ends, axis=-1)
         return np.concatenate([rest, *(_reflect(part)[..., 1:] for part in shared)], axis=-1)
 
+    def sizes(self, size: Float[Array, " m"]) -> Float[Array, " k"]:
+        """Of derivatives along y, from those of derivatives along the weights."""
+        ends = np.cumsum([len(part) for part in self._parts])[:-1]
+        rest, *shared = np.split(size * self.ball.scale[self.free], ends)
+        return np.concatenate([rest, *(np.full(len(part) - 1, part.max()) for part in shared)])
+
     def expand(self, y: Float[Array, " k"]) -> Float[Array, " P"]:
         """E y."""
         ends = np.cumsum([len(self._parts[0]), *(len(part) - 1 for part in self._parts[1:])])[:-1]
@@ -163,10 +169,18 @@ class _Face:
 
     def mixture(self, u: Float[Array, " P"]) -> Float[Array, "2 P"]:
         """Shares of the corners +c_k e_k and −c_k e_k that make u; a group inside its ball has two opposite ones."""
+        share = u / self.ball.scale
         spare = np.zeros(len(u))
-        spare[self.ball.starts] = np.maximum(1 - self.ball.sums(np.abs(u) / self.ball.scale), 0) / 2
+        spare[self.ball.starts] = np.maximum(1 - self.ball.sums(np.abs(share)), 0) / 2
         spare[self.code != _REST] = 0
-        return np.stack([np.maximum(u, 0), np.maximum(-u, 0)]) / self.ball.scale + spare
+        return np.where(self.in_use, np.maximum(np.stack([share, -share]), 0) + spare, 0.0)
+
+    def trimmed(self, u: Float[Array, " P"], noise: float) -> "_Face":
+        """The face without corners whose shares in u are negative, and with groups that u takes out of their ball
+        in motion."""
+        beyond = self.shares(u) < -noise
+        sign = np.sign(u).astype(np.int64)
+        return _Face(self.ball, np.where(beyond, np.where(self.code == _REST, sign, 0), self.code))
 
     @cached_property
     def in_use(self) -> Bool[Array, "2 P"]:
@@ -213,39 +227,52 @@ class _Root:
 
 
 class _Inverse:
-    """(AᵀA)⁺ and A⁺ of a matrix A (R, k): by Cholesky where A is well conditioned, else by singular values."""
+    """(AᵀA)⁺ and A⁺ of a matrix A (R, k), whose columns are differences of numbers of the size ``scale (k,)``.
 
-    def __init__(self, A: Float[Array, "R k"], scale: float) -> None:
-        """``scale``: the size of the numbers whose differences A holds."""
-        self.A = A
+    By Cholesky where A is well conditioned. Else by singular values; what it cannot tell from rounding counts as
+    singular, and there solutions have least length.
+    """
+
+    def __init__(self, A: Float[Array, "R k"], scale: Float[Array, " k"]) -> None:
+        self.size, self.live = len(scale), np.flatnonzero(scale > 0)
+        self.scale = scale[self.live]
+        self.A = A[:, self.live] / self.scale
         self.factor = None
-        gram = A.T @ A
         try:
-            factor = cho_factor(gram, lower=True, check_finite=False)
-            pivots = np.diag(factor[0])
-            if not len(pivots) or pivots.min() > 1e-5 * max(pivots.max(), scale):
+            factor = cho_factor(self.A.T @ self.A, lower=True, check_finite=False)
+            if (np.diag(factor[0]) > 1e-5).all():
                 self.factor = factor
                 return
         except np.linalg.LinAlgError:
             pass
-        u, s, vt = svd(A, full_matrices=False, lapack_driver="gesvd")
-        kept = s > 1e-12 * scale
+        u, s, vt = svd(self.A, full_matrices=False, lapack_driver="gesvd")
+        kept = s > 1e-8
         self.parts = u[:, kept], s[kept], vt[kept]
+        # unknowns from their well-determined combinations: the shortest that have these
+        self.shortest = np.linalg.pinv(vt[kept] * self.scale)
 
     def newton(self, r: Float[Array, " k"]) -> Float[Array, " k"]:
         """(AᵀA)⁺ r."""
+        r = r[self.live] / self.scale
         if self.factor is not None:
-            return cho_solve(self.factor, r, check_finite=False)
+            return self._full(cho_solve(self.factor, r, check_finite=False) / self.scale)
         _, s, vt = self.parts
-        return vt.T @ ((vt @ r) / s**2)
+        return self._full(self.shortest @ ((vt @ r) / s**2))
 
     def least(self, b: Float[Array, " R"]) -> Float[Array, " k"]:
         """A⁺ b."""
         if self.factor is None:
-            u, s, vt = self.parts
-            return vt.T @ ((u.T @ b) / s)
-        y = self.newton(self.A.T @ b)
-        return y + self.newton(self.A.T @ (b - self.A @ y))  # normal equations square the condition: refine
+            u, s, _ = self.parts
+            return self._full(self.shortest @ ((u.T @ b) / s))
+        y = cho_solve(self.factor, self.A.T @ b, check_finite=False)
+        # normal equations square the condition: refine
+        y = y + cho_solve(self.factor, self.A.T @ (b - self.A @ y), check_finite=False)
+        return self._full(y / self.scale)
+
+    def _full(self, y: Array) -> Float[Array, " k"]:
+        full = np.zeros(self.size)
+        full[self.live] = y
+        return full
 
 
 class _View:
@@ -337,7 +364,7 @@ class _Point:
     @cached_property
     def inverse(self) -> _Inverse:
         columns = self.spot.root.columns(self.face.free)
-        return _Inverse(self.face.restrict(columns), float(np.sqrt((columns**2).sum(0).max(initial=0.0))))
+        return _Inverse(self.face.restrict(columns), self.face.sizes(np.sqrt((columns**2).sum(0))))
 
     @cached_property
     def u(self) -> Float[Array, " P"]:
@@ -398,13 +425,16 @@ def _next(point: _Point, level: Float[Array, "3 P"] | float) -> _Point:
     weight, place = np.unique(index % P, return_inverse=True)
     columns = spot.root.columns(weight)
     gram = columns.T @ columns
-    gram += 1e-14 * max(gram.max(initial=0.0), 1e-300) * np.eye(len(weight))  # of equal minimisers the shortest
+    gram += 1e-12 * max(gram.max(initial=0.0), 1e-300) * np.eye(len(weight))  # of equal minimisers the shortest
     H = gram[np.ix_(place, place)] * corner[index, None] * corner[index]
     c = (columns.T @ spot.root.times(np.where(alone, corner, 0).reshape(2, P).sum(0)))[place] * corner[index]
     alone[index] = _mixture(H, c, np.unique(group[index], return_inverse=True)[1], share[index], tried[index])
     plus, minus = alone.reshape(2, P).astype(np.int64)
     rest = (ball.sums(plus * minus) > 0)[ball.group]
-    return _Point(spot, _Face(ball, np.where(rest, _REST, plus - minus)), 0.0)
+    chosen = _Point(spot, _Face(ball, np.where(rest, _REST, plus - minus)), 0.0)
+    while (chosen.clearance[2] < -noise).any():  # what the QP's smaller precision has left
+        chosen = _Point(spot, chosen.face.trimmed(chosen.u, noise), 0.0)
+    return chosen
 
 
 def _mixture(H: Array, c: Array, group: Array, x: Array, used: Array) -> Bool[Array, " m"]:
@@ -484,8 +514,7 @@ class Pieces:
     def _begin(self, view: _View, state: State) -> State:
         """On with the face that the state remembers, or with the one that the face QP selects."""
         spot, ball = _Spot(view, _numpy(state.w[0])), view.ball
-        left = state.memory.get("ascent")
-        if "face" in state.memory and left is not None and np.array_equal(_numpy(left[0]), spot.h):
+        if _continues(state, spot):
             here = _Point(spot, _Face(ball, _numpy(state.memory["face"][0])), 0.0)
         else:
             first = np.zeros(len(spot.w), dtype=np.int64)  # from the steepest corner of each group
@@ -661,6 +690,14 @@ def _rows(step: Callable[[Objective, State, int], State], objective: Objective, 
     return tree_map(lambda *parts: torch.cat(parts), *done)
 
 
+def _continues(state: State, spot: _Spot) -> bool:
+    """Whether a flow of this objective in this norm has left the state, so that its face goes on."""
+    if "face" not in state.memory or not np.array_equal(_numpy(state.memory["ascent"][0]), spot.h):
+        return False
+    u = _numpy(state.memory["velocity"][0])
+    return abs(float(spot.h @ u) / max(spot.dual, 1e-300) - 1) < 1e-6 and abs(spot.view.ball.value(u) - 1) < 1e-6
+
+
 def _memory(at: _Point, stalled: int) -> dict[str, Tensor]:
     rows = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h}
     numbers = {"dual": at.spot.dual, "stalled": float(stalled)}
@@ -697,7 +734,7 @@ def _judged(state: State, at: _Point) -> State:
     """The state, stopped where it cannot go on. A flow that ends does so about ‖h‖_*/‖Cu‖² further on."""
     left, size = at.spot.dual / at.bend, float(np.abs(at.spot.w).max())
     stuck, blind = not float(state.step_size) > 4 * _EPS * size, at.noise > 1e-2
-    if left <= 256 * _EPS * size or ((blind or stuck) and left <= 1e-6 * size):
+    if at.spot.dual < 1e-290 or left <= 256 * _EPS * size or ((blind or stuck) and left <= 1e-6 * size):
         status = Status.STATIONARY
     elif blind:
         status = Status.PRECISION_FLOOR
