@@ -327,7 +327,11 @@ class _View:
             point = _Point(_Spot(self, w), face, s)
             slope = face.restrict(point.spot.h[face.free])
             last, off = off, np.abs(slope).max(initial=0.0) / max(point.spot.dual, 1e-300)
-            if off <= 0.1 * point.spot.noise or (fresh and near and off > 0.2 * last):
+            if (
+                off <= point.spot.noise / 8
+                or off <= 64 * _EPS
+                or (near and off > 0.2 * last and (fresh or off < 1e-12))
+            ):
                 return point
             if not np.isfinite(off + point.spot.lam) or (fresh and off > last):
                 return None

@@ -322,9 +322,8 @@ def test_repeated_examples_and_symmetric_data(name):
     run = fs.simulate(separable(torch.eye(4).double()), flow(name), zeros(1, 4), until=fs.lam(100.0), strict=True)
     np.testing.assert_allclose(run.final.w, run.final.w[:, :1].expand(1, 4))
     signs = torch.randint(-1, 2, (20, 5), generator=torch.Generator().manual_seed(0)).double()
-    run = fs.simulate(
-        linear(signs, torch.sign(signs[:, 0] + 0.5), fs.logistic), flow(name), zeros(1, 5), until=fs.lam(50)
-    )
+    problem = linear(signs, torch.sign(signs[:, 0] + 0.5), fs.logistic)  # some examples are all zero
+    run = fs.simulate(problem, flow(name), zeros(1, 5), until=fs.arclength(50.0))
     assert run.statuses[0] in (fs.Status.DONE, fs.Status.STATIONARY)
 
 
