@@ -68,7 +68,7 @@ class TwoLayer:
         xx = x @ x.mT
         size = torch.diagonal(xx, dim1=-2, dim2=-1).sqrt()
         cosine = xx / torch.where(size > 0, size, 1.0)[..., :, None] / torch.where(size > 0, size, 1.0)[..., None, :]
-        parallel = cosine.abs() > 1 - 1e-13
+        parallel = cosine.abs() > 1 - 256 * torch.finfo(x.dtype).eps
         first = parallel.to(x).argmax(-1)  # of equal maxima the first
         first = torch.where(size > 0, first, torch.arange(x.shape[-2], device=x.device))
         ratio = size / torch.where(size > 0, size.gather(-1, first), 1.0)
@@ -153,6 +153,10 @@ class Point:
         last = kernels.bmm(self.cotangent.mT, self.hidden)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
+    def along(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B N m"]:
+        """How z changes along v: ⟨n, v⟩ for every pair."""
+        return kernels.bmm(self.net.x, v[:, : self.first[0].numel()].view_as(self.first).mT)
+
     def hinges(self) -> Hinges:
         """All kinks in a row, k = i·m + j."""
         x, (B, N, m) = self.net.x, self.z.shape
@@ -161,8 +165,5 @@ class Point:
         def combine(c: Tensor) -> Tensor:
             return torch.cat([kernels.bmm(c.view(B, N, m).mT, x).flatten(1), c.new_zeros(B, ends)], 1)
 
-        def along(v: Tensor) -> Tensor:
-            return kernels.bmm(x, v[:, :-ends].view_as(self.first).mT).flatten(1)
-
         base = self.gradient(self.slopes(torch.zeros_like(self.z)))
-        return Hinges(self.z.flatten(1), self.jump.flatten(1), base, combine, along)
+        return Hinges(self.z.flatten(1), self.jump.flatten(1), base, combine, lambda v: self.along(v).flatten(1))

@@ -200,24 +200,14 @@ def _reflect(a: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Root:
+class _Root(NamedTuple):
     """C = FᵀJ (F may be left out) with CᵀC = −∇²level up to a multiple of hhᵀ, which changes nothing on a face."""
 
-    def __init__(self, F: Float[Array, "M R"] | None, J: Float[Array, "M P"]) -> None:
-        self.F, self.J = F, J
-        self.known: tuple[Array, Array] = np.zeros(0, dtype=np.int64), np.zeros((J.shape[0], 0))
+    F: Float[Array, "M R"] | None
+    J: Float[Array, "M P"]
 
     def columns(self, index: Int[Array, " m"]) -> Float[Array, "R m"]:
-        """Some columns of C. Those of the last call are kept, because the next one often wants some of them."""
-        order, known = self.known
-        place = np.minimum(np.searchsorted(order, index), max(len(order) - 1, 0))
-        if len(order) and (order[place] == index).all():
-            return known[:, place]
-        J = self.J[:, index]
-        columns = J if self.F is None else self.F.T @ J
-        sorting = np.argsort(index)
-        self.known = index[sorting], columns[:, sorting]
-        return columns
+        return self.J[:, index] if self.F is None else self.F.T @ self.J[:, index]
 
     def times(self, v: Float[Array, " P"]) -> Float[Array, " R"]:
         return self.J @ v if self.F is None else self.F.T @ (self.J @ v)
@@ -314,17 +304,17 @@ class _View:
         w, code = _numpy(state.w[0]), _numpy(state.memory["face"][0])
         last = self.last
         if last is not None and np.array_equal(last.spot.w, w) and np.array_equal(last.face.code, code):
-            return _Point(last.spot, last.face, 0.0) if last.s else last
-        return _Point(_Spot(self, w), _Face(self.ball, code), 0.0)
+            return last
+        return _Point(_Spot(self, w), _Face(self.ball, code))
 
-    def settle(self, face: _Face, s: float, w: Float[Array, " P"], inverse: _Inverse) -> "_Point | None":
+    def settle(self, face: _Face, w: Float[Array, " P"], inverse: _Inverse) -> "_Point | None":
         """The point of the piece in w + span E, where Eᵀh = 0, by Newton's method; None where that fails.
 
         It starts with the inverse from a point near by, and takes a new one where errors fall by less than a fifth.
         """
         off, fresh, near = np.inf, False, False
         for _ in range(16):
-            point = _Point(_Spot(self, w), face, s)
+            point = _Point(_Spot(self, w), face)
             slope = face.restrict(point.spot.h[face.free])
             last, off = off, np.abs(slope).max(initial=0.0) / max(point.spot.dual, 1e-300)
             if (
@@ -359,11 +349,10 @@ class _Spot:
 
 @dataclass(frozen=True)
 class _Point:
-    """A spot on a piece, at arclength ``s`` after the start of the step."""
+    """A spot on a piece."""
 
     spot: _Spot
     face: _Face
-    s: float
 
     @cached_property
     def inverse(self) -> _Inverse:
@@ -435,9 +424,9 @@ def _next(point: _Point, level: Float[Array, "3 P"] | float) -> _Point:
     alone[index] = _mixture(H, c, np.unique(group[index], return_inverse=True)[1], share[index], tried[index])
     plus, minus = alone.reshape(2, P).astype(np.int64)
     rest = (ball.sums(plus * minus) > 0)[ball.group]
-    chosen = _Point(spot, _Face(ball, np.where(rest, _REST, plus - minus)), 0.0)
+    chosen = _Point(spot, _Face(ball, np.where(rest, _REST, plus - minus)))
     while (chosen.clearance[2] < -noise).any():  # what the QP's smaller precision has left
-        chosen = _Point(spot, chosen.face.trimmed(chosen.u, noise), 0.0)
+        chosen = _Point(spot, chosen.face.trimmed(chosen.u, noise))
     return chosen
 
 
@@ -519,18 +508,18 @@ class Pieces:
         """On with the face that the state remembers, or with the one that the face QP selects."""
         spot, ball = _Spot(view, _numpy(state.w[0])), view.ball
         if _continues(state, spot):
-            here = _Point(spot, _Face(ball, _numpy(state.memory["face"][0])), 0.0)
+            here = _Point(spot, _Face(ball, _numpy(state.memory["face"][0])))
         else:
             first = np.zeros(len(spot.w), dtype=np.int64)  # from the steepest corner of each group
             leaders = np.lexsort((-ball.scale * np.abs(spot.h), ball.group))[ball.starts]
             first[leaders] = np.where(spot.h[leaders] < 0, -1, 1)
-            here = _next(_Point(spot, _Face(ball, first), 0.0), 62 * spot.noise)  # all that are equal to rounding
+            here = _next(_Point(spot, _Face(ball, first)), 62 * spot.noise)  # all that are equal to rounding
             state = replace(state, step_size=view.tensor(self._guess(here)))
         still = _Time((-np.inf, -np.inf), (0.0, 0.0), 0.0, -np.inf)
         readings = state.readings | {"lam": view.tensor(spot.lam)}
         tallies = {"events": torch.zeros_like(state.step_size)} | state.tallies
         state = _counted(view, replace(state, readings=readings, tallies=tallies, memory=_memory(here, 0)))
-        state = replace(state, segment=_segment(state, state, here, here, still, np.zeros_like(spot.h)))
+        state = replace(state, segment=_segment(state, state, here, here, 0.0, still, np.zeros_like(spot.h)))
         return state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
 
     def _guess(self, here: _Point) -> float:
@@ -544,25 +533,25 @@ class Pieces:
         here = view.recall(state)
         slack = 2 * here.noise  # what is zero to rounding now may stay so
         level = np.where(here.clearance > slack, 0.0, np.minimum(here.clearance, 0.0) - slack)
-        end, over = _end(view, here, level, self._reach(here, level, float(state.step_size)))
+        end, ds, over = _end(view, here, level, self._reach(here, level, float(state.step_size)))
         if end is None:
-            return _refused(view, state, float(state.step_size) / 4, here)
-        middle = _Middle.of(here, end)
+            return _refused(view, state, ds / 4, here)
+        middle = _Middle.of(here, end, ds)
         excess = middle.excess(end, self.rtol, self.atol)
         if (middle.clearance < level - 1e-6).any():
-            return _refused(view, state, end.s / 2, here)
+            return _refused(view, state, ds / 2, here)
         if not excess <= 1:
-            return _refused(view, state, end.s * max(0.1, 0.8 * excess**-0.25), here)
-        moved = _moved(state, here, middle, end)
+            return _refused(view, state, ds * max(0.1, 0.8 * excess**-0.25), here)
+        moved = _moved(state, here, middle, end, ds)
         if over:
-            stalled = int(state.memory["stalled"]) + 1 if end.s <= 1e-13 * end.spot.size else 0
+            stalled = int(state.memory["stalled"]) + 1 if ds <= 1e-13 * end.spot.size else 0
             end = _next(end, level)
             size, tallies = self._guess(end), _plus(moved.tallies, events=1)
             moved = replace(moved, memory=_memory(end, stalled), tallies=tallies)
             # more pieces of no length than there are corners: the choice goes round in rounding errors
             moved = moved.stopped(moved.memory["stalled"] > 20 + 2 * len(here.spot.w), Status.STEP_TOO_SMALL)
         else:
-            size = end.s * min(8.0, 0.9 * max(excess, 1e-8) ** -0.25)
+            size = ds * min(8.0, 0.9 * max(excess, 1e-8) ** -0.25)
             moved = replace(moved, memory=_memory(end, 0))
         view.last = end
         return _judged(_counted(view, replace(moved, step_size=view.tensor(size))), end)
@@ -576,29 +565,31 @@ class Pieces:
         return float(min(size, 0.38 * here.spot.dual / here.bend, 1.1 * ties))
 
 
-def _end(view: _View, here: _Point, level: Array, ds: float) -> tuple[_Point | None, bool]:
-    """Where a step ends, and whether the piece ends there: at the first zero of the clearance over its level, by
-    inverse interpolation through the points that have been visited. None where Newton's method fails."""
-    end = view.settle(here.face, ds, here.spot.w + ds * here.u, here.inverse)
-    if end is None:
-        return None, False
-    low, high = here, end
-    visited = [(0.0, here.clearance - level), (ds, end.clearance - level)]
-    if visited[1][1].min() >= 0:
-        return end, False
+def _end(view: _View, here: _Point, level: Array, ds: float) -> tuple[_Point | None, float, bool]:
+    """Where a step ends, after what length, and whether the piece ends there: at the first zero of the clearance
+    over its level, by inverse interpolation through the points that have been visited. No point where Newton's
+    method fails."""
+    end = view.settle(here.face, here.spot.w + ds * here.u, here.inverse)
+    if end is None or (end.clearance >= level).all():
+        return end, ds, False
+    (low, a), (high, b) = (0.0, here), (ds, end)
+    visited = [(low, a.clearance - level), (high, b.clearance - level)]
     for turn in range(60):
-        s = _first_zero(visited, low.s, high.s) if turn % 4 < 3 else 0.5 * (low.s + high.s)
-        if not low.s < s < high.s:
+        s = _first_zero(visited, low, high) if turn % 4 < 3 else 0.5 * (low + high)
+        if not low < s < high:
             break
-        point = view.settle(here.face, s, _between(low, high, (s - low.s) / (high.s - low.s)), high.inverse)
+        point = view.settle(here.face, _between(a, b, high - low, (s - low) / (high - low)), b.inverse)
         if point is None:
-            return None, False
+            return None, s, False
         over = point.clearance - level
         visited.append((s, over))
         if abs(over.min()) <= point.noise / 64:
-            return point, True
-        low, high = (low, point) if over.min() < 0 else (point, high)
-    return high, True
+            return point, s, True
+        if over.min() < 0:
+            high, b = s, point
+        else:
+            low, a = s, point
+    return b, high, True
 
 
 def _first_zero(visited: list[tuple[float, Array]], low: float, high: float) -> float:
@@ -625,9 +616,9 @@ class _Middle(NamedTuple):
     time: "_Time"
 
     @staticmethod
-    def of(here: _Point, end: _Point) -> "_Middle":
-        a, b, ds, face = here.spot, end.spot, end.s - here.s, here.face
-        spot = _Spot(a.view, _between(here, end, 0.5))
+    def of(here: _Point, end: _Point, ds: float) -> "_Middle":
+        a, b, face = here.spot, end.spot, here.face
+        spot = _Spot(a.view, _between(here, end, ds, 0.5))
         slope = face.restrict(spot.h[face.free])
         lack = end.inverse.newton(slope)
         u = 1.5 * (b.w - a.w) / ds - 0.25 * (here.u + end.u)
@@ -635,7 +626,7 @@ class _Middle(NamedTuple):
         cubic = 0.5 * (a.lam + b.lam) + 0.125 * ds * (a.dual - b.dual) - spot.lam
         simpson = ds * (a.dual + 4 * spot.dual + b.dual) / 6 - (b.lam - a.lam)
         defects = abs(float(slope @ lack)), max(abs(cubic), abs(simpson)) / (1 + abs(b.lam - a.lam))
-        time = _Time.of(here, end, spot)
+        time = _Time.of(ds, a, spot, b)
         return _Middle(spot.dual, face.expand(lack), max(defects), clearance, time)
 
     def excess(self, end: _Point, rtol: float, atol: float) -> float:
@@ -655,9 +646,9 @@ class _Time(NamedTuple):
     log_elapsed: float
 
     @staticmethod
-    def of(here: _Point, end: _Point, middle: _Spot) -> "_Time":
-        """log dt/ds = Λ − log ‖h‖_*, without Λ where the level is not the logarithm of a loss."""
-        view, ds, spots = middle.view, end.s - here.s, (here.spot, middle, end.spot)
+    def of(ds: float, *spots: _Spot) -> "_Time":
+        """From start, middle and end. log dt/ds = Λ − log ‖h‖_*, without Λ where the level is no logarithm."""
+        view = spots[0].view
         lams, duals = np.array([p.lam for p in spots]), np.array([p.dual for p in spots])
         a, m, b = np.log(np.maximum(duals, 1e-300))
         if view.objective.logarithmic:
@@ -674,9 +665,8 @@ class _Time(NamedTuple):
         return _Time((rates[0], rates[2]), (slopes[0], slopes[2]), defect, elapsed)
 
 
-def _between(a: _Point, b: _Point, v: float) -> Float[Array, " P"]:
+def _between(a: _Point, b: _Point, ds: float, v: float) -> Float[Array, " P"]:
     """Weights on the cubic through two points of a piece."""
-    ds = b.s - a.s
     return hermite(v, a.spot.w, b.spot.w, ds * a.u, ds * b.u)  # type: ignore[arg-type, return-value]
 
 
@@ -709,23 +699,23 @@ def _memory(at: _Point, stalled: int) -> dict[str, Tensor]:
     return {name: tensor(row) for name, row in rows.items()} | {name: tensor(x) for name, x in numbers.items()}
 
 
-def _moved(state: State, here: _Point, middle: _Middle, end: _Point) -> State:
+def _moved(state: State, here: _Point, middle: _Middle, end: _Point, ds: float) -> State:
     """The state at the end of a step, its memory still to be written."""
     a, b, tensor = here.spot, end.spot, here.spot.view.tensor
     relative = 0.0  # at w = 0 it is infinite, and counts from the first point that is not
     if min(a.size, b.size) > 0:
-        relative = end.s / float(torch.exp(log_mean_exp(tensor(np.log(a.size)), tensor(np.log(b.size)))))
+        relative = ds / float(torch.exp(log_mean_exp(tensor(np.log(a.size)), tensor(np.log(b.size)))))
     gains = {
         "steps": 1.0,
-        "arclength": end.s,
+        "arclength": ds,
         "relative": relative,
-        "dissipated": end.s * (a.dual + 4 * middle.dual + b.dual) / 6,
+        "dissipated": ds * (a.dual + 4 * middle.dual + b.dual) / 6,
     }
     readings = {name: state.readings[name] + gain for name, gain in gains.items()}
     readings["lam"] = tensor(b.lam)
     readings["log_time"] = torch.logaddexp(state.readings["log_time"], tensor(middle.time.log_elapsed))
     moved = replace(state, w=tensor(b.w), readings=readings, tallies=_plus(state.tallies, accepted=1))
-    return replace(moved, segment=_segment(state, moved, here, end, middle.time, middle.bend))
+    return replace(moved, segment=_segment(state, moved, here, end, ds, middle.time, middle.bend))
 
 
 def _refused(view: _View, state: State, size: float, here: _Point) -> State:
@@ -756,9 +746,9 @@ def _plus(tallies: dict[str, Tensor], **counts: float) -> dict[str, Tensor]:
     return tallies | {name: tallies[name] + count for name, count in counts.items()}
 
 
-def _segment(state: State, moved: State, here: _Point, end: _Point, time: _Time, bend: Array) -> Segment:
+def _segment(state: State, moved: State, here: _Point, end: _Point, ds: float, time: _Time, bend: Array) -> Segment:
     """The step from ``state`` to ``moved``."""
-    tensor, ds = here.spot.view.tensor, end.s - here.s
+    tensor = here.spot.view.tensor
     return Segment(
         w0=state.w,
         w1=moved.w,

@@ -28,7 +28,6 @@ from flowsim.boxqp import Solution
 from flowsim.clocks import GRADIENT, Target
 from flowsim.forces import Damping, Hold, Metric, Pack
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
-from flowsim.kernels import reference as kernels
 from flowsim.kinks import Point, TwoLayer
 from flowsim.problem import Objective, Problem
 from flowsim.state import State, Status, march
@@ -141,6 +140,9 @@ class Sliding:
         step = replace(moved.segment, multipliers0=state.multipliers, multipliers1=moved.multipliers)
         moved = replace(moved, segment=step)
         state = moved.where(accepted, replace(state, tallies=tallies))
+        # too little to be seen in the level
+        floor = tau * first.dual**2 <= 16 * torch.finfo(state.w.dtype).eps * (1 + first.lam.abs())
+        state = state.stopped(~accepted & floor & torch.isfinite(last.lam), Status.PRECISION_FLOOR)
         return self._judged(state, excess)
 
     def _judged(self, state: State, excess: Tensor) -> State:
@@ -176,35 +178,34 @@ class Sliding:
             solution = boxqp.solve(hold.blocks, ahead, upper, hold.low_rank, guess)
             return damping(metric.raised(off - hold.combine(solution.force, size)) - far), solution
 
-        zero, upper = torch.zeros_like(state.w), -pack.take(point.jump)
-        off = point.gradient(point.slopes(torch.where(mask, 0.0, given)))
+        move = h[..., None] * point.along(damping(first.velocity))
+        low, high = _impulses(point.z, move, given, _between(given) | _at_kink(net, point))
+        zero, room = torch.zeros_like(state.w), pack.take(high - low)
+        off = point.gradient(point.slopes(torch.where(mask, low, given)))
+        upper = -pack.take(point.jump) * room
         k1, one = stage(off, zero, zero, 1.0, upper, upper * pack.take(given))
         w1 = state.w + h * k1
-        used = pack.put(given, _share(one.force, upper))
+        used = pack.put(given, pack.take(low) + _share(one.force, upper) * room)
 
         point1 = net.at(w1)
-        slope, crossed = _fractions(
-            point.z, pack.put(point1.z, torch.where(one.free, 0.0, pack.take(point1.z))), used
-        )
-        hangs = mask & ~crossed & (point1.jump < 0)
+        hangs = mask & (point1.jump < 0)
         # what has become repelling inside the step is let go
-        slope = torch.where(mask & ~crossed & ~hangs, self._side(used), slope)
-        off1 = point1.gradient(point1.slopes(torch.where(hangs, 0.0, slope)))
-        upper1 = -pack.take(torch.where(hangs, point1.jump, 0.0))
-        k2, two = stage(off1, 2 * k1, 1.5 * k1, 0.5, upper1, upper1 * pack.take(used))
+        slope = torch.where(mask, torch.where(hangs, low, self._side(used)), _fractions(point.z, point1.z, given))
+        off1 = point1.gradient(point1.slopes(slope))
+        upper1 = -pack.take(torch.where(hangs, point1.jump, 0.0)) * room
+        k2, two = stage(off1, 2 * k1, 1.5 * k1, 0.5, upper1, upper1 * _share(one.force, upper))
         w = state.w + h * (1.5 * k1 + 0.5 * k2)
         stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
-        multipliers = pack.put(used, _share(two.force, upper1))
+        multipliers = pack.put(used, pack.take(low) + _share(two.force, upper1) * room)
         return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved)
 
     def _within_reach(
         self, metric: Metric, net: TwoLayer, point: Point, first: Sample, tau: Tensor
     ) -> Bool[Tensor, "B N m"]:
         """Attracting pairs that may come to their kink within the step."""
-        v = first.velocity[:, : point.first[0].numel()].view_as(point.first)
         own = metric.stiffness(net, point)
-        reach = kernels.bmm(net.x, v.mT).abs() + point.jump.abs() * own
-        return (point.jump < 0) & net.distinct & (point.z.abs() <= 1.5 * tau.to(v)[:, None, None] * reach)
+        reach = point.along(first.velocity).abs() + point.jump.abs() * own
+        return (point.jump < 0) & net.distinct & (point.z.abs() <= 1.5 * tau.to(own)[:, None, None] * reach)
 
     def _selected(
         self, metric: Metric, net: TwoLayer, point: Point, given: Tensor, stuck: Tensor
@@ -226,7 +227,7 @@ class Sliding:
     def _side(self, multipliers: Tensor) -> Tensor:
         """Where a released pair goes."""
         nearer = (multipliers >= 0.5).to(multipliers)
-        return 1 - nearer if self.farther else nearer
+        return torch.where(_between(multipliers), 1 - nearer, nearer) if self.farther else nearer
 
     def _moved(
         self, problem: Problem, metric: Metric, state: State, trial: Trial, ends: tuple[Sample, Sample], tau: Tensor
@@ -287,7 +288,12 @@ class Sliding:
 
 
 def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
-    if not isinstance(objective, Problem) or not field.norm.quadratic:
+    if not isinstance(objective, Problem):
+        raise ValueError(
+            f"got a {type(objective).__name__} with kinks, expected a Problem with a two-layer net; try "
+            "flowsim.select for the velocity at one place, or flowsim.SmallStep for the small-step path"
+        )
+    if not field.norm.quadratic:
         raise ValueError(
             f"got the norm {field.norm.name!r}, expected a quadratic one (L2, Mahalanobis, Euclidean of these) for a "
             "net with kinks; try flowsim.SmallStep for the small-step path"
@@ -347,12 +353,30 @@ def _at_kink(net: TwoLayer, point: Point) -> Bool[Tensor, "B N m"]:
     return point.z.abs() <= rounding * size * torch.linalg.vector_norm(point.first, dim=-1)[:, None]
 
 
-def _fractions(z: Tensor, z1: Tensor, used: Tensor) -> tuple[Float[Tensor, "B N m"], Bool[Tensor, "B N m"]]:
-    """Second-stage multipliers, and which pairs cross in the first stage.
+def _impulses(
+    z: Float[Tensor, "B N m"], move: Float[Tensor, "B N m"], given: Float[Tensor, "B N m"], on: Bool[Tensor, "B N m"]
+) -> tuple[Float[Tensor, "B N m"], Float[Tensor, "B N m"]]:
+    """Bounds on the mean multipliers over a step of pairs that its forces may hold.
 
-    The step counts the mean of both stages. A pair that crosses gets the share F of the step in which z > 0, so its
-    second multiplier is 2F − (the first); the others that of their side.
+    A pair keeps its multiplier until something happens to it after the share θ of the step, and has one between 0 and
+    1 for the rest, so that its mean lies between θ·given and θ·given + 1 − θ. What happens to a pair off its kink is
+    that it gets there; ``move`` is the way that it would make in the step. To a pair on its kink it is the first
+    arrival of another pair of its neuron, which changes the force on it at once. So pairs that pass or leave end at
+    a bound, those that stick end in between, and all have felt the right impulse. Where nothing is foreseen θ is 0.
     """
-    crossed = z * z1 < 0
-    positive = torch.maximum(z, z1) / torch.where(crossed, (z - z1).abs(), 1.0)
-    return torch.where(crossed, 2 * positive - used, torch.where(z1 == 0, used, (z1 > 0).to(z1))), crossed
+    arrives = (z * move < 0) & (z.abs() < move.abs()) & ~on
+    share = z.abs() / torch.where(arrives, move.abs(), 1.0)
+    first = torch.where(arrives, share, torch.inf).amin(1, keepdim=True)
+    share = torch.where(arrives, share, torch.where(on & (first < 1), first, 0.0))
+    return share * given, share * given + 1 - share
+
+
+def _fractions(z: Tensor, z1: Tensor, given: Tensor) -> Float[Tensor, "B N m"]:
+    """Second-stage multipliers of pairs that no force holds.
+
+    The step counts the mean of both stages. A pair that crosses its kink gets the share F of the step in which z > 0,
+    so its second multiplier is 2F − (the first); the others have that of their side.
+    """
+    crosses = z * z1 < 0
+    positive = torch.maximum(z, z1) / torch.where(crosses, (z - z1).abs(), 1.0)
+    return torch.where(crosses, 2 * positive - given, torch.where(z1 == 0, given, (z1 > 0).to(z1)))

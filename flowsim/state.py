@@ -45,7 +45,7 @@ _SENTENCES = {
     "discontinuous or too stiff here for this method",
     Status.NONFINITE: "the next step gives NaN or infinite numbers; the state is the last finite one",
     Status.STATIONARY: "the gradient is exactly zero, so nothing moves",
-    Status.PRECISION_FLOOR: "the step no longer changes the weights in this number format",
+    Status.PRECISION_FLOOR: "the step no longer changes the weights, or their level, in this number format",
     Status.EVENT: "stopped at an event that was asked for",
 }
 

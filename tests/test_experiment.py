@@ -84,7 +84,6 @@ CHANGES = {
     "rule.max_steps": (FLOW, FLOW.replace("400", "3")),
     "flow.rtol": (FLOW, FLOW + "\nrtol = 1e-3"),
     "flow.atol": (FLOW, FLOW + "\natol = 1e-2"),
-    "flow.clock": (FLOW, FLOW + '\nclock = "relative"'),
     "flow.method": (FLOW, FLOW + '\nmethod = "bosh3"'),
     "flow.method torchdiffeq": (FLOW, FLOW + '\nclock = "lam"\nmethod = "torchdiffeq:dopri5"'),
 }
@@ -95,6 +94,12 @@ def test_every_option_changes_a_result(change, tmp_path):
     old, new = CHANGES[change]
     assert old in BASE
     assert outcome(BASE.replace(old, new), tmp_path) != outcome(BASE, tmp_path)
+
+
+def test_the_clock_of_an_explicit_flow_changes_its_steps(tmp_path):
+    plain = BASE.replace(FLOW, FLOW + '\nmethod = "dopri5"')
+    relative = plain.replace(FLOW, FLOW + '\nclock = "relative"')
+    assert outcome(relative, tmp_path) != outcome(plain, tmp_path)
 
 
 RULE_CHANGES = {

@@ -55,7 +55,7 @@ def check_one_example(run, norm, *, tolerance):
 @pytest.mark.parametrize("clock", [ARCLENGTH, LAM], ids=lambda c: c.name)
 @pytest.mark.parametrize("norm", WITHOUT_TIES, ids=lambda n: n.name)
 def test_one_example_in_every_norm_without_ties(norm, clock):
-    rule = fs.SteepestFlow(norm, rtol=1e-8, clock=clock)
+    rule = fs.SteepestFlow(norm, rtol=1e-8, clock=clock, method=fs.DOPRI5)
     check_one_example(fs.simulate(ONE, rule, W0, until=fs.lam(30.0, saves=7), strict=True), norm, tolerance=1e-7)
 
 
@@ -63,7 +63,7 @@ def test_one_example_in_every_norm_without_ties(norm, clock):
 @pytest.mark.parametrize("norm", [fs.L2(), fs.Lp(3.0)], ids=lambda n: n.name)
 def test_one_example_on_clocks_along_which_arclength_is_curved(norm, clock):
     """Inside a step arclength is linear in the clock, so that save points are as near as steps are short."""
-    rule = fs.SteepestFlow(norm, rtol=1e-8, clock=clock)
+    rule = fs.SteepestFlow(norm, rtol=1e-8, clock=clock, method=fs.DOPRI5)
     run = fs.simulate(ONE, rule, W0 + 0.1, until=fs.lam(30.0, saves=7), strict=True)
     check_one_example(run, norm, tolerance=3e-3)
 
@@ -77,7 +77,9 @@ def test_one_example_in_every_norm_by_small_steps(norm):
 
 @pytest.mark.parametrize("norm", [fs.L2(), fs.Lp(3.0)], ids=lambda n: n.name)
 def test_one_example_at_a_given_time(norm):
-    run = fs.simulate(ONE, fs.SteepestFlow(norm, rtol=1e-9), W0, until=fs.time(1e6, saves=9), strict=True)
+    run = fs.simulate(
+        ONE, fs.SteepestFlow(norm, rtol=1e-9, method=fs.DOPRI5), W0, until=fs.time(1e6, saves=9), strict=True
+    )
     lam, gradient = ONE.ascent(W0)
     t = np.exp(run["log_time"])
     assert t[-1] == pytest.approx(1e6, rel=1e-9)
@@ -102,7 +104,9 @@ def log_time_of_product(q0, q, rate):
 def test_a_product_of_two_weights_in_l2(clock):
     problem = fs.Problem(fs.Diagonal(1, 2), [[1.0]], [1], fs.exponential)
     w0 = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, clock=clock), w0, until=fs.lam(20.0, saves=6))
+    run = fs.simulate(
+        problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, clock=clock, method=fs.DOPRI5), w0, until=fs.lam(20.0, saves=6)
+    )
     for lam, log_time, w in zip(run["lam"][1:, 0], run["log_time"][1:, 0], run.weights[1:, 0], strict=True):
         assert log_time == pytest.approx(log_time_of_product(0.25, lam, rate=2), abs=1e-4)  # inside a step
         assert w == pytest.approx([math.sqrt(lam)] * 2, rel=1e-6)
@@ -128,7 +132,7 @@ def test_a_radial_solution_of_several_examples():
     """All m margins equal on the ray through a KKT point: q = γρ², Ei(q − log m …) with 𝓛 = m e^{−q}."""
     problem = fs.Problem(fs.Diagonal(2, 2), [[1.0, 0.0], [0.0, 1.0]], [1, 1], fs.exponential)
     w0 = torch.full((1, 4), 0.6, dtype=torch.float64)
-    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-9), w0, until=fs.lam(15.0, saves=5))
+    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, method=fs.DOPRI5), w0, until=fs.lam(15.0, saves=5))
     assert run.weights == pytest.approx(run.weights[:, :, :1].repeat(4, 2), rel=1e-9)
     ends = ((run.final.readings["lam"][0], run.final.readings["log_time"][0], 1e-7),)
     inside = zip(run["lam"][1:, 0], run["log_time"][1:, 0], [1e-4] * 4, strict=True)  # time inside a step
@@ -144,7 +148,9 @@ def test_a_product_of_any_number_of_weights(depth):
 
     problem = fs.Problem(fs.Diagonal(1, depth), [[1.0]], [1], fs.exponential)
     w0 = torch.full((1, depth), 0.8, dtype=torch.float64)
-    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-9), w0, until=fs.lam([12.0]), strict=True)
+    run = fs.simulate(
+        problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, method=fs.DOPRI5), w0, until=fs.lam([12.0]), strict=True
+    )
     time = quad(lambda q: math.exp(q) / (depth * q ** (2 - 2 / depth)), 0.8**depth, 12, epsabs=0, epsrel=1e-12)[0]
     assert run["log_time"][-1, 0] == pytest.approx(math.log(time), abs=1e-5)
     assert run.weights[-1, 0] == pytest.approx([12 ** (1 / depth)] * depth, rel=1e-7)
@@ -166,7 +172,9 @@ def test_the_flow_into_a_bowl_in_time(objective, clock):
         problem = fs.Problem(fs.Linear(3), torch.eye(3).double(), TARGET, fs.squared)
         lam = lambda r: -np.log(0.5 * (r**2).sum(-1))
     until = fs.time([0.1, 0.5, 1.0, 3.0])
-    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, clock=clock), STARTS, until=until, strict=True)
+    run = fs.simulate(
+        problem, fs.SteepestFlow(fs.L2(), rtol=1e-9, clock=clock, method=fs.DOPRI5), STARTS, until=until, strict=True
+    )
     t = np.array([0, 0.1, 0.5, 1.0, 3.0])[:, None, None]
     residual = np.exp(-t) * (STARTS - TARGET).numpy()
     assert run.weights == pytest.approx(TARGET.numpy() + residual, abs=2e-5)

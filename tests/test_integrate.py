@@ -225,7 +225,7 @@ def test_atol_matters_where_the_weights_are_small():
     w0 = torch.tensor([[1e-6, 1e-6]]).double()
     counts = []
     for atol in (1e-12, 1e-6):
-        rule = fs.SteepestFlow(fs.L2(), rtol=1e-10, atol=atol, clock=TIME)
+        rule = fs.SteepestFlow(fs.L2(), rtol=1e-10, atol=atol, clock=TIME, method=DOPRI5)
         counts.append(fs.simulate(bowl, rule, w0, until=fs.time(1.0))["steps"][-1, 0])
     assert counts[0] > counts[1]
 
@@ -352,7 +352,7 @@ def test_a_start_without_a_gradient_is_stationary(method):
 
 def test_the_relative_clock_does_not_run_at_the_origin():
     problem = fs.Problem(fs.Linear(4), X, Y, fs.exponential)
-    rule = fs.SteepestFlow(fs.L2(), clock=RELATIVE)
+    rule = fs.SteepestFlow(fs.L2(), clock=RELATIVE, method=DOPRI5)
     run = fs.simulate(problem, rule, torch.zeros(1, 4).double(), until=fs.lam(1.0), max_steps=500)
     assert run.statuses[0] not in (fs.Status.DONE, fs.Status.MAX_STEPS)
     assert (run.final.w == 0).all()

@@ -100,7 +100,6 @@ def test_inputs_that_are_zero_do_not_disturb_parallel_ones():
     assert torch.allclose(h, problem.ascent(w)[1], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.xfail(strict=True, reason="the threshold for parallel inputs is 1 in single precision")
 def test_parallel_inputs_in_single_precision():
     problem = two_layer(X[:4], [1, -1, 1, -1])
     net = problem.like(torch.zeros(1, 12)).two_layer(1)
