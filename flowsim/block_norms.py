@@ -89,10 +89,6 @@ class _Blocks(Norm):
     def ties(self) -> bool:
         return True
 
-    @property
-    def polyhedral(self) -> bool:  # type: ignore[override]
-        return all(norm.polyhedral for norm in self._norms())
-
     def bind(self, layout: Layout) -> Self:
         names = [block.name for block in layout]
         parts = dict.fromkeys(names, self.parts) if isinstance(self.parts, Norm) else self.parts
@@ -200,10 +196,6 @@ class Euclidean(_Blocks):
     @property
     def ties(self) -> bool:
         return any(norm.ties for norm in self._norms())
-
-    @property
-    def polyhedral(self) -> bool:  # type: ignore[override]
-        return False
 
     @property
     def quadratic(self) -> bool:  # type: ignore[override]

@@ -9,6 +9,7 @@ from flowsim.integrate import DOPRI5, Field, Method, Solver
 from flowsim.movement import MinimisingMovement
 from flowsim.norms import Norm
 from flowsim.pieces import ExactPieces
+from flowsim.polytope import follows
 from flowsim.problem import Objective
 from flowsim.rosenbrock import ROS34PW2
 from flowsim.sliding import KinkImplicit
@@ -70,7 +71,7 @@ def suited(norm: Norm, objective: Objective) -> Method:
     """The method that follows the flow of this objective in this (bound) norm, from facts about both."""
     if objective.kinks:
         return KinkImplicit()
-    if objective.convex and norm.polyhedral:
+    if objective.convex and follows(norm):
         return ExactPieces()
     if norm.quadratic:
         return ROS34PW2

@@ -13,7 +13,6 @@ the flow is the two movements of a stiffly accurate Runge–Kutta method of seco
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,8 +38,6 @@ _TRUSTED = 1e-6  # a movement whose relative duality gap is larger is none
 @dataclass(frozen=True)
 class MinimisingMovement:
     """Implicit steps, for convex losses (`Linear` models, `Quadratic`) in every norm, ties and all."""
-
-    ties: ClassVar[bool] = True
 
     def solver(self, rtol: float, atol: float) -> "ImplicitSteps":
         return ImplicitSteps(rtol, atol)

@@ -47,9 +47,6 @@ class Norm(ABC):
     quadratic: bool = False
     """Whether ``||v||^2`` is a quadratic form ``v^T A v``, so that ``dual(g) steepest(g) = A^-1 g`` is linear."""
 
-    polyhedral: bool = False
-    """Whether the unit ball is a polytope."""
-
     @property
     @abstractmethod
     def name(self) -> str:
@@ -124,7 +121,6 @@ class L1(Norm):
     name = "l1"
     symbol = r"$\ell_1$"
     ties = True
-    polyhedral = True
 
     def value(self, v: Tensor) -> Tensor:
         return v.abs().sum(-1)
@@ -155,7 +151,6 @@ class Linf(Norm):
     name = "linf"
     symbol = r"$\ell_\infty$"
     ties = True
-    polyhedral = True
 
     def value(self, v: Tensor) -> Tensor:
         return v.abs().amax(-1)

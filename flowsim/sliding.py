@@ -12,7 +12,8 @@ M = (A + γτJᵀSJ)⁻¹, A the norm's matrix and γ = 1 − 1/√2,
 is the two-stage Rosenbrock W-method of Verwer et al. (1999): second order for any matrix in the place of JᵀSJ, and
 damping for this one. h is ∇Λ without the forces λ of the kinks at hand, N holds their normals; λ₁ makes w₁ and λ₂
 makes w₊ consistent with the kinks, so that a sliding pair has z = 0 to rounding, without drift and without a band. A
-pair that changes sides within the step is charged for the fraction of the step that it spent on each.
+force has bounds that remember what it was before the events of the step (`_impulses`), without which a pair that
+only passes its kink would be held there.
 
 All linear algebra is in sample space and per neuron: nothing P × P is formed.
 """

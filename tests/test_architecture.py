@@ -33,6 +33,8 @@ ORDER = [
     "integrate",
     "odeint",
     "rosenbrock",
+    "polytope",
+    "spots",
     "pieces",
     "barriers",
     "movement",
