@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowsim.kernels.reference import bmm
+
 # ---------------------------------------------------------------------------------------------------------------
 # Tails: the scalar loss ℓ of one number
 # ---------------------------------------------------------------------------------------------------------------
@@ -255,18 +257,29 @@ class Loss:
         weights. Steepest directions v of one gradient h share ⟨h, v⟩, so that a multiple of hhᵀ never changes
         which of them is best; taking out all of it removes the stiffness of the common rise.
         """
+        root, v = self._root(f, y)
+        B, N, C = f.shape
+        keep = torch.eye(N * C, dtype=f.dtype, device=f.device) - v[:, :, None] * v[:, None, :]
+        return (root @ keep.view(B, N, C, N * C)).flatten(1, 2)
+
+    def curved(
+        self, f: Float[Tensor, "B N C"], y: Tensor, jacobian: Float[Tensor, "B N C P"]
+    ) -> Float[Tensor, "B NC P"]:
+        """FᵀJ with the F of `curvature`, without forming it."""
+        root, v = self._root(f, y)
+        rows = (root @ jacobian).flatten(1, 2)
+        return rows - v[:, :, None] * bmm(v[:, None], rows)
+
+    def _root(self, f: Tensor, y: Tensor) -> tuple[Float[Tensor, "B N C C"], Float[Tensor, "B NC"]]:
+        """Roots of the examples' blocks of (∂²𝓛/∂f²)/𝓛, and the unit vector v of F = root (I − vvᵀ), which takes out
+        the multiple of the gradient's outer product."""
         q, back = self.reading.read(f, y)
         lam = -torch.logsumexp(self.tail.log_value(q), -1)
         slope = torch.exp(self.tail.log_slope(q) + lam[:, None])
         cotangent = back(slope if self.tail.decreasing else -torch.sign(q) * slope)
-        blocks = self.reading.hessian(f, y, slope, self._bend(q, slope, lam))
-        root, inverse = _roots(blocks)
-        # the unit vector whose projection takes out the multiple of the gradient's outer product
+        root, inverse = _roots(self.reading.hessian(f, y, slope, self._bend(q, slope, lam)))
         v = (inverse @ cotangent[..., None]).flatten(1)
-        v = v / _nonzero(torch.linalg.vector_norm(v, dim=-1, keepdim=True))
-        B, N, C = f.shape
-        keep = torch.eye(N * C, dtype=f.dtype, device=f.device) - v[:, :, None] * v[:, None, :]
-        return (root @ keep.view(B, N, C, N * C)).flatten(1, 2)
+        return root, v / _nonzero(torch.linalg.vector_norm(v, dim=-1, keepdim=True))
 
     def _bend(self, q: Tensor, slope: Tensor, lam: Tensor) -> Tensor:
         """ℓ''(q)/𝓛, not below 0."""

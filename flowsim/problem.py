@@ -171,8 +171,7 @@ class Problem:
 
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B NC P"]:
         """FᵀJ, with J the Jacobian of the outputs and F the root of the loss's curvature (`Loss.curvature`)."""
-        jacobian = self.net.jacobian(w, self.x).flatten(1, 2)
-        return self.loss.curvature(self.outputs(w), self.y).mT @ jacobian
+        return self.loss.curved(self.outputs(w), self.y, self.net.jacobian(w, self.x))
 
     def margins(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B N"]:
         """The margin of each example, y f(x) or f_y − max of the others: positive where it is classified right."""

@@ -262,3 +262,26 @@ def test_shifting_all_outputs_of_an_example_leaves_multi_class_losses_alone(loss
     shifted = loss.lam(f + 0.3, y)
     unchanged = torch.allclose(shifted, loss.lam(f, y), rtol=1e-12, atol=1e-12)
     assert unchanged == (C > 1)
+
+
+@pytest.mark.parametrize("loss", [fs.exponential, fs.logistic, fs.cross_entropy, fs.pairwise_exponential, fs.squared])
+def test_curvature_is_that_of_the_loss_up_to_the_gradients_outer_product(loss):
+    """Against automatic differentiation, and as large a multiple as leaves it positive semidefinite."""
+    generator = torch.Generator().manual_seed(0)
+    C = {"signs": 1, "classes": 3, "values": 2}[loss.reading.targets]
+    f = torch.randn(2, 4, C, generator=generator, dtype=torch.float64)
+    y = {"signs": torch.tensor([1.0, -1, 1, 1]), "classes": torch.tensor([0, 2, 1, 1])}.get(loss.reading.targets)
+    y = torch.randn(4, C, generator=generator, dtype=torch.float64) if y is None else y
+    F = loss.curvature(f, y)
+    S, c = F @ F.mT, loss.ascent(f, y)[1].flatten(1)
+    for b in range(2):
+        level = lambda g, b=b: loss.lam(g.view(1, 4, C), y)[0]
+        rest = S[b] + torch.func.hessian(level)(f[b].flatten())
+        multiple = (c[b] @ rest @ c[b]) / (c[b] @ c[b]) ** 2
+        torch.testing.assert_close(rest, multiple * c[b][:, None] * c[b], rtol=0, atol=1e-12)
+        # no larger multiple: there is a direction with ⟨c, v⟩ ≠ 0 in which nothing is left
+        values, basis = torch.linalg.eigh(S[b])
+        still = basis[:, values < 1e-12]
+        assert (still.mT @ c[b]).abs().max() > 1e-6
+    J = torch.randn(2, 4, C, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(loss.curved(f, y, J), F.mT @ J.flatten(1, 2))
