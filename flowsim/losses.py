@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowsim.kernels.reference import bmm
+from flowsim.kernels.reference import each
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tails: the scalar loss ℓ of one number
@@ -268,7 +268,7 @@ class Loss:
         """FᵀJ with the F of `curvature`, without forming it."""
         root, v = self._root(f, y)
         rows = (root @ jacobian).flatten(1, 2)
-        return rows - v[:, :, None] * bmm(v[:, None], rows)
+        return rows - v[:, :, None] * each(v[:, None], rows)
 
     def _root(self, f: Tensor, y: Tensor) -> tuple[Float[Tensor, "B N C C"], Float[Tensor, "B NC"]]:
         """Roots of the examples' blocks of (∂²𝓛/∂f²)/𝓛, and the unit vector v of F = root (I − vvᵀ), which takes out

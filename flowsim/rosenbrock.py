@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowsim.clocks import GRADIENT, Target
 from flowsim.integrate import Field, Sample, combine, length, log_elapsed_in, recall, remember, segment
-from flowsim.kernels.reference import bmm
+from flowsim.kernels.reference import each
 from flowsim.norms import Norm
 from flowsim.problem import Objective
 from flowsim.state import Segment, State, Status, hermite, march
@@ -69,12 +69,12 @@ def damping(norm: Norm, root: Float[Tensor, "B R P"], size: Float[Tensor, " B"])
     raised = norm.dual(root)[..., None] * norm.steepest(root)  # A⁻¹ of every row of C
     scale = size.to(root)[:, None, None]
     eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-    factor, failed = torch.linalg.cholesky_ex(eye + scale * bmm(root, raised.mT))
+    factor, failed = torch.linalg.cholesky_ex(eye + scale * each(root, raised.mT))
     factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)
 
     def solve(v: Tensor) -> Tensor:
-        inner = torch.cholesky_solve(bmm(root, v[..., None]), factor)
-        return v - (scale * bmm(raised.mT, inner))[..., 0]
+        inner = torch.cholesky_solve(each(root, v[..., None]), factor)
+        return v - (scale * each(raised.mT, inner))[..., 0]
 
     return solve
 
@@ -170,7 +170,7 @@ class Rosenbrock:
         excess = length(error) / (self.atol + self.rtol * size)
         if objective.logarithmic:
             rise = (last.ascent * error).sum(-1).abs().double() / last.lam.abs().clamp_min(1)
-            spread = length(bmm(root, error[..., None])[..., 0])
+            spread = length(each(root, error[..., None])[..., 0])
             excess = torch.maximum(excess, torch.maximum(rise, spread) / self.rtol)
         finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(length(last.velocity))
         return torch.where(finite, excess, torch.inf)

@@ -54,6 +54,12 @@ def bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "
     return torch.bmm(a, b)
 
 
+def each(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
+    """`bmm` one trajectory at a time: for an inner dimension so long that threads share it, in another way in a batch
+    than alone."""
+    return torch.stack([left @ right for left, right in zip(a, b, strict=True)])
+
+
 def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Float[Tensor, "B N C"], Tape]:
     """Outputs f(x) and the tape."""
     a = x.expand(weights[0].shape[0], *x.shape[-2:])
