@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Mahalanobis
     from flowsim.odeint import TorchDiffEq
     from flowsim.pieces import ExactPieces
-    from flowsim.problem import PiecewiseQuadratic, Problem, Quadratic
+    from flowsim.problem import Problem
+    from flowsim.quadratics import PiecewiseQuadratic, Quadratic
     from flowsim.rosenbrock import ROS34PW2
     from flowsim.simulation import SimulationError, simulate
     from flowsim.sliding import KinkImplicit
@@ -80,7 +81,8 @@ _HOME = {
     "movement": ["MinimisingMovement"],
     "odeint": ["TorchDiffEq"],
     "pieces": ["ExactPieces"],
-    "problem": ["PiecewiseQuadratic", "Problem", "Quadratic"],
+    "problem": ["Problem"],
+    "quadratics": ["PiecewiseQuadratic", "Quadratic"],
     "rosenbrock": ["ROS34PW2"],
     "simulation": ["SimulationError", "simulate"],
     "sliding": ["KinkImplicit"],

@@ -186,10 +186,7 @@ class RungeKutta:
     def start(self, field: Field, objective: Objective, state: State) -> State:
         require_smooth(field, objective)
         sample = field(objective, state.w)
-        # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
-        scale = 1e-3 * torch.where(length(state.w) > 0, length(state.w), 1.0)
-        guess = scale / length(sample.velocity)
-        size = torch.where(torch.isfinite(state.step_size), state.step_size, guess)
+        size = torch.where(torch.isfinite(state.step_size), state.step_size, first_size(state.w, sample))
         count = torch.ones_like(size)
         state = replace(
             state,
@@ -214,12 +211,12 @@ class RungeKutta:
         excess = self._excess(objective, state.w, w, error, samples[-1])
         excess = torch.maximum(excess, torch.where(torch.isfinite(late), late, 0.0))
         accepted = excess <= 1
-        tallied = self._tallied(state, accepted)
-        moved = self._moved(objective, tallied, w, samples, dt, log_time)
-        chosen = moved.where(accepted, tallied)
+        state = tallied(state, accepted, self.tableau.evaluations)
+        moved = self._moved(objective, state, w, samples, dt, log_time)
+        chosen = moved.where(accepted, state)
         factor = (0.9 * excess.clamp_min(1e-10) ** (-1 / self.tableau.order)).clamp(0.2, 5.0)
         chosen = replace(chosen, step_size=dt * torch.where(accepted, factor, factor.clamp_max(0.9)))
-        return self._judged(chosen, first, finite=torch.isfinite(excess))
+        return judged(chosen, first, finite=torch.isfinite(excess))
 
     def _excess(self, objective: Objective, w0: Tensor, w1: Tensor, error: Tensor, last: Sample) -> Tensor:
         """The error over its tolerance; infinite where the trial is not finite."""
@@ -229,15 +226,6 @@ class RungeKutta:
             excess = torch.maximum(excess, (last.ascent * error).sum(-1).abs().double() / self.rtol)
         finite = torch.isfinite(excess) & torch.isfinite(last.lam) & torch.isfinite(length(last.velocity))
         return torch.where(finite, excess, torch.inf)
-
-    def _tallied(self, state: State, accepted: Tensor) -> State:
-        yes = accepted.double()
-        tallies = state.tallies | {
-            "gradients": state.tallies["gradients"] + self.tableau.evaluations,
-            "accepted": state.tallies["accepted"] + yes,
-            "rejected": state.tallies["rejected"] + 1 - yes,
-        }
-        return replace(state, tallies=tallies)
 
     def _moved(
         self, objective: Objective, state: State, w: Tensor, samples: list[Sample], dt: Tensor, log_time: Tensor
@@ -287,14 +275,30 @@ class RungeKutta:
         doubt = peak + torch.log(combine(self.tableau.error, rest).abs())
         return torch.log(dt) + log_mean, torch.log(dt) + doubt
 
-    def _judged(self, state: State, first: Sample, finite: Tensor) -> State:
-        """The state with trajectories stopped that cannot go on."""
-        state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
-        eps = torch.finfo(state.w.dtype).eps
-        # not "≤", which lets steps pass that are no number
-        stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
-        state = state.stopped(stuck & ~finite, Status.NONFINITE)
-        return state.stopped(stuck, Status.STEP_TOO_SMALL)
+
+def first_size(w: Tensor, sample: Sample) -> Float[Tensor, " B"]:
+    """A step that moves by a thousandth of the weights' size, or of a unit; rejection corrects it."""
+    return 1e-3 * torch.where(length(w) > 0, length(w), 1.0) / length(sample.velocity)
+
+
+def tallied(state: State, accepted: Tensor, gradients: int) -> State:
+    """The state with an attempt counted, and the gradient evaluations that it took."""
+    yes = accepted.double()
+    tallies = state.tallies | {
+        "gradients": state.tallies["gradients"] + gradients,
+        "accepted": state.tallies["accepted"] + yes,
+        "rejected": state.tallies["rejected"] + 1 - yes,
+    }
+    return replace(state, tallies=tallies)
+
+
+def judged(state: State, first: Sample, finite: Tensor) -> State:
+    """The state with trajectories stopped that cannot go on."""
+    state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+    eps = torch.finfo(state.w.dtype).eps
+    # not "≤", which lets steps pass that are no number
+    stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
+    return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
 
 
 def length(v: Tensor) -> Float[Tensor, " B"]:

@@ -43,6 +43,19 @@ class Hinges:
         return self.base + self.combine(self.jump * multipliers)
 
 
+def parallels(gram: Float[Tensor, "*batch N N"]) -> tuple[Int[Tensor, "*batch N"], Float[Tensor, "*batch N"]]:
+    """The first vector parallel to each one, and each one's multiple of it, from all inner products.
+
+    A zero vector stands for itself.
+    """
+    size = torch.diagonal(gram, dim1=-2, dim2=-1).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    cosine = gram / unit[..., :, None] / unit[..., None, :]
+    first = (cosine.abs() > 1 - 256 * torch.finfo(gram.dtype).eps).to(gram).argmax(-1)  # of equal maxima the first
+    first = torch.where(size > 0, first, torch.arange(gram.shape[-1], device=gram.device))
+    return first, cosine.gather(-1, first[..., None])[..., 0].sign() * size / unit.gather(-1, first)
+
+
 @dataclass(frozen=True)
 class TwoLayer:
     """The kinks of a two-layer net on given data, for B trajectories.
@@ -66,13 +79,7 @@ class TwoLayer:
         """``x (B, N, d)``, one data set a trajectory."""
         leak = float(activation.slope(x.new_tensor([-1.0]))[0])
         xx = x @ x.mT
-        size = torch.diagonal(xx, dim1=-2, dim2=-1).sqrt()
-        cosine = xx / torch.where(size > 0, size, 1.0)[..., :, None] / torch.where(size > 0, size, 1.0)[..., None, :]
-        parallel = cosine.abs() > 1 - 256 * torch.finfo(x.dtype).eps
-        first = parallel.to(x).argmax(-1)  # of equal maxima the first
-        first = torch.where(size > 0, first, torch.arange(x.shape[-2], device=x.device))
-        ratio = size / torch.where(size > 0, size.gather(-1, first), 1.0)
-        coefficient = cosine.gather(-1, first[..., None])[..., 0].sign() * ratio
+        first, coefficient = parallels(xx)
         return TwoLayer(x, xx, first, coefficient, leak, y, loss, activation, width)
 
     def expanded(self, trajectories: int) -> "TwoLayer":

@@ -23,7 +23,8 @@ from flowsim.clocks import ARCLENGTH, Target
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
 from flowsim.losses import EXPONENTIAL, HALF_SQUARE, Pairwise, Residual, Signed, SoftPairwise
 from flowsim.norms import Norm
-from flowsim.problem import Objective, Problem, Quadratic
+from flowsim.problem import Objective, Problem
+from flowsim.quadratics import Quadratic
 from flowsim.state import State, Status, march, tree_map
 
 _GAMMA = 1 - 1 / math.sqrt(2)

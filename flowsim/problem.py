@@ -1,6 +1,5 @@
-"""What is descended: the Objective protocol, learning problems, quadratics."""
+"""What is descended: the Objective protocol, and learning problems."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.kinks import Hinges, TwoLayer
-from flowsim.layout import Layout, layout
+from flowsim.layout import Layout
 from flowsim.losses import Loss
 from flowsim.nets import MLP, Net
 
@@ -182,7 +181,7 @@ class Problem:
         return self.loss.weights(self.outputs(w), self.y)
 
     def check_weights(self, w: Tensor) -> None:
-        _check_weights(w, self.size)
+        check_row_weights(w, self.size)
         if self.x.ndim == 3 and self.x.shape[0] != w.shape[0]:
             raise ValueError(
                 f"weights: got {w.shape[0]} trajectories, but the data holds {self.x.shape[0]} data sets; "
@@ -213,7 +212,8 @@ class Problem:
         return copy
 
 
-def _check_weights(w: Tensor, size: int) -> None:
+def check_row_weights(w: Tensor, size: int) -> None:
+    """Raise where ``w`` is not ``(B, size)``, floating and finite."""
     if not isinstance(w, Tensor) or not w.is_floating_point():
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"weights: got {got}, expected a floating-point tensor, try net.init(seeds=range(3))")
@@ -231,7 +231,8 @@ def _axes(loss: Loss) -> int:
     return 2 if loss.reading.targets == "values" else 1
 
 
-def _as_tensor(value: Any, what: str) -> Tensor:
+def as_tensor(value: Any, what: str) -> Tensor:
+    """An array of real numbers as a tensor."""
     try:
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
     except (TypeError, ValueError) as error:
@@ -242,12 +243,13 @@ def _as_tensor(value: Any, what: str) -> Tensor:
     return tensor.detach()
 
 
-def _floats(x: Tensor) -> Tensor:
+def floats(x: Tensor) -> Tensor:
+    """Floating-point numbers as they are, others in double precision."""
     return x if x.is_floating_point() else x.double()
 
 
 def _inputs(x: Any) -> Tensor:
-    x = _as_tensor(x, "x")
+    x = as_tensor(x, "x")
     if x.ndim not in (2, 3):
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, expected (N, d), or (B, N, d) with one data set a trajectory; "
@@ -255,7 +257,7 @@ def _inputs(x: Any) -> Tensor:
         )
     if x.numel() == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, which holds no numbers; expected at least one example")
-    x = _floats(x)
+    x = floats(x)
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"x: got {bad} NaN or infinite entries, expected finite numbers")
@@ -277,7 +279,7 @@ def _fitted(net: Net, x: Tensor) -> tuple[Net, int]:
 
 def _targets(y: Any, loss: Loss, *, shape: torch.Size, outputs: int) -> Tensor:
     """Targets in the loss's own form: signs ±1 as floats, classes as integers, values as (…, N, C)."""
-    y = _as_tensor(y, "y")
+    y = as_tensor(y, "y")
     if y.is_floating_point() and not torch.isfinite(y).all():
         raise ValueError("y: got NaN or infinite entries, expected finite targets")
     kind = loss.reading.targets
@@ -333,182 +335,3 @@ def _values(y: Tensor, *, shape: torch.Size, outputs: int) -> Tensor:
 def _listed(labels: set[float]) -> str:
     shown = ", ".join(f"{v:g}" for v in sorted(labels)[:6])
     return f"{{{shown}{', …' if len(labels) > 6 else ''}}}"
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """F(w) = ½ (w − w*)ᵀ H (w − w*): ``matrix`` H (P, P), symmetric positive semidefinite, ``minimiser`` w* (P,).
-
-    ``shape`` reads the weights as a matrix, for matrix norms. The level is −F and flow time the ordinary one.
-    """
-
-    matrix: Tensor
-    minimiser: Tensor
-    shape: tuple[int, ...] | None = None
-
-    degree: float = 1.0
-    kinks: bool = False
-    convex: bool = True
-    logarithmic: bool = False
-
-    def __post_init__(self) -> None:
-        H, target = (_floats(_as_tensor(getattr(self, name), name)) for name in ("matrix", "minimiser"))
-        if H.ndim != 2 or H.shape[0] != H.shape[1] or target.shape != H.shape[:1]:
-            raise ValueError(
-                f"Quadratic: got matrix {tuple(H.shape)} and minimiser {tuple(target.shape)}, "
-                "expected (P, P) and (P,)"
-            )
-        if math.prod(self.shape or target.shape) != len(target):
-            raise ValueError(f"Quadratic: got shape {self.shape}, expected one that holds {len(target)} weights")
-        if not (torch.isfinite(H).all() and torch.isfinite(target).all()):
-            raise ValueError("Quadratic: got NaN or infinite entries, expected finite numbers")
-        rounding = 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max())
-        if float((H - H.T).abs().max()) > rounding or float(torch.linalg.eigvalsh(H)[0]) < -rounding:
-            raise ValueError("Quadratic: got a matrix that is not symmetric positive semidefinite, try HᵀH")
-        object.__setattr__(self, "matrix", 0.5 * (H + H.T))
-        object.__setattr__(self, "minimiser", target.to(H))
-
-    @property
-    def size(self) -> int:
-        return self.minimiser.shape[0]
-
-    @property
-    def layout(self) -> Layout:
-        return layout({"w": self.shape or (self.size,)})
-
-    def lam(self, w: Tensor) -> Tensor:
-        return self.ascent(w)[0]
-
-    def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        r = w - self.minimiser
-        h = -(r @ self.matrix)
-        return 0.5 * (h * r).sum(-1), h
-
-    def hinges(self, w: Tensor) -> Hinges:
-        raise ValueError("a quadratic has no kinks")
-
-    def curvature(self, w: Tensor) -> Tensor:
-        return self._root.to(w).expand(w.shape[0], -1, -1)
-
-    @cached_property
-    def _root(self) -> Tensor:
-        values, basis = torch.linalg.eigh(self.matrix)
-        return (basis * values.clamp_min(0).sqrt()) @ basis.mT
-
-    def check_weights(self, w: Tensor) -> None:
-        _check_weights(w, self.size)
-
-    def select(self, rows: Tensor) -> Self:
-        return self
-
-    def like(self, w: Tensor) -> Self:
-        return replace(self, matrix=self.matrix.to(w), minimiser=self.minimiser.to(w))
-
-
-@dataclass(frozen=True)
-class PiecewiseQuadratic:
-    """F(w) = ½ (w − w*)ᵀ H (w − w*) + ⟨b, w⟩ + Σ_k c_k max(⟨n_k, w⟩, 0), a small model of kinks and ties.
-
-    ``slope`` b (P,), ``normals`` n (K, P), ``weights`` c (K,) of either sign, ``matrix`` H (P, P) symmetric and
-    ``minimiser`` w* (P,), both zero where not given. The level is −F: kinks with c > 0 attract. ``curvature`` is
-    that of the positive part of H, all of H where it is positive semidefinite. ``shape`` is for matrix norms.
-
-    >>> toy = PiecewiseQuadratic(slope=[-0.5], normals=[[1.0], [1.0]], weights=[1.0, -0.8])
-    >>> toy.hinges(torch.zeros(1, 1, dtype=torch.float64)).jump  # parallel normals share one kink
-    tensor([[-0.2000,  0.0000]], dtype=torch.float64)
-    """
-
-    slope: Any
-    normals: Any
-    weights: Any
-    matrix: Any = None
-    minimiser: Any = None
-    shape: tuple[int, ...] | None = None
-
-    degree: float = 1.0
-    kinks: bool = True
-    convex: bool = False
-    logarithmic: bool = False
-
-    def __post_init__(self) -> None:
-        b, n, c = (_floats(_as_tensor(getattr(self, name), name)) for name in ("slope", "normals", "weights"))
-        if b.ndim != 1 or n.ndim != 2 or n.shape[1:] != b.shape or c.shape != n.shape[:1]:
-            raise ValueError(
-                f"PiecewiseQuadratic: got slope {tuple(b.shape)}, normals {tuple(n.shape)} and weights "
-                f"{tuple(c.shape)}, expected (P,), (K, P) and (K,)"
-            )
-        H = b.new_zeros(len(b), len(b)) if self.matrix is None else _floats(_as_tensor(self.matrix, "matrix"))
-        target = torch.zeros_like(b) if self.minimiser is None else _floats(_as_tensor(self.minimiser, "minimiser"))
-        if H.shape != (len(b), len(b)) or target.shape != b.shape:
-            raise ValueError(
-                f"PiecewiseQuadratic: got matrix {tuple(H.shape)} and minimiser {tuple(target.shape)}, "
-                f"expected ({len(b)}, {len(b)}) and ({len(b)},)"
-            )
-        if math.prod(self.shape or b.shape) != len(b):
-            raise ValueError(f"PiecewiseQuadratic: got shape {self.shape}, expected one that holds {len(b)} weights")
-        if not all(bool(torch.isfinite(t).all()) for t in (b, n, c, H, target)):
-            raise ValueError("PiecewiseQuadratic: got NaN or infinite entries, expected finite numbers")
-        if bool((n == 0).all(-1).any()):
-            raise ValueError("PiecewiseQuadratic: got a normal that is zero, expected none: it makes no kink")
-        if float((H - H.T).abs().max()) > 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max()):
-            raise ValueError("PiecewiseQuadratic: got a matrix that is not symmetric, try (H + Hᵀ)/2")
-        fields = {"slope": b, "normals": n, "weights": c, "matrix": 0.5 * (H + H.T), "minimiser": target}
-        for name, value in fields.items():
-            object.__setattr__(self, name, value.to(b))
-
-    @property
-    def size(self) -> int:
-        return self.slope.shape[0]
-
-    @property
-    def layout(self) -> Layout:
-        return layout({"w": self.shape or (self.size,)})
-
-    def lam(self, w: Tensor) -> Tensor:
-        return self.ascent(w)[0]
-
-    def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        r, z = w - self.minimiser, w @ self.normals.mT
-        level = -0.5 * (r @ self.matrix * r).sum(-1) - w @ self.slope - z.clamp_min(0) @ self.weights
-        return level, -(r @ self.matrix) - self.slope - ((z > 0).to(w) * self.weights) @ self.normals
-
-    def hinges(self, w: Tensor) -> Hinges:
-        first, multiple = self._classes
-        opposite = multiple < 0
-        jump = torch.zeros_like(self.weights).index_add(0, first, -self.weights * multiple.abs())
-        # of −c max(⟨n, w⟩, 0) with n opposite to its representative, D = 0 is the side where it slopes
-        sloping = (self.weights * opposite) @ self.normals
-        base = -((w - self.minimiser) @ self.matrix) - self.slope - sloping
-        return Hinges(
-            z=w @ self.normals.mT,
-            jump=jump.expand(w.shape[0], -1),
-            base=base,
-            combine=lambda c: c @ self.normals,
-            along=lambda v: v @ self.normals.mT,
-        )
-
-    @cached_property
-    def _classes(self) -> tuple[Tensor, Tensor]:
-        """The first normal parallel to each one, and each one's multiple of it."""
-        size = torch.linalg.vector_norm(self.normals, dim=-1)
-        cosine = (self.normals @ self.normals.mT) / (size[:, None] * size)
-        first = (cosine.abs() > 1 - 1e-13).to(size).argmax(-1)
-        return first, cosine.gather(1, first[:, None])[:, 0].sign() * size / size[first]
-
-    def curvature(self, w: Tensor) -> Tensor:
-        return self._root.to(w).expand(w.shape[0], -1, -1)
-
-    @cached_property
-    def _root(self) -> Tensor:
-        values, basis = torch.linalg.eigh(self.matrix)
-        return (basis * values.clamp_min(0).sqrt()) @ basis.mT
-
-    def check_weights(self, w: Tensor) -> None:
-        _check_weights(w, self.size)
-
-    def select(self, rows: Tensor) -> Self:
-        return self
-
-    def like(self, w: Tensor) -> Self:
-        names = ("slope", "normals", "weights", "matrix", "minimiser")
-        return replace(self, **{name: getattr(self, name).to(w) for name in names})

@@ -15,7 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.clocks import GRADIENT, Target
-from flowsim.integrate import Field, Sample, combine, length, log_elapsed_in, recall, remember, segment
+from flowsim.integrate import (
+    Field,
+    Sample,
+    combine,
+    first_size,
+    judged,
+    length,
+    log_elapsed_in,
+    recall,
+    remember,
+    segment,
+    tallied,
+)
 from flowsim.kernels.reference import each
 from flowsim.norms import Norm
 from flowsim.problem import Objective
@@ -127,8 +139,7 @@ class Rosenbrock:
                 "flowsim.Mahalanobis(A), try method=flowsim.DOPRI5"
             )
         sample = evaluate(field, objective, state.w)
-        # the first guess moves by a thousandth of the weights' size, or of a unit; rejection corrects it
-        guess = 1e-3 * torch.where(length(state.w) > 0, length(state.w), 1.0) / length(sample.velocity)
+        guess = first_size(state.w, sample)
         # a step size of another method is on another clock
         resumed = "excess" in state.memory
         neutral = {"excess": torch.ones_like(guess), "refused": torch.zeros_like(guess)}
@@ -158,9 +169,9 @@ class Rosenbrock:
         excess = self._excess(objective, state.w, w, error, root, last)
         accepted = excess <= 1
         moved = self._moved(field, objective, state, last, path)
-        chosen = self._tallied(moved.where(accepted, state), accepted)
+        chosen = tallied(moved.where(accepted, state), accepted, len(self.pair.weights))
         chosen = self._resized(chosen, state.memory, excess, dt)
-        return _judged(chosen, first, finite=torch.isfinite(excess))
+        return judged(chosen, first, finite=torch.isfinite(excess))
 
     def _excess(
         self, objective: Objective, w0: Tensor, w1: Tensor, error: Tensor, root: Tensor, last: Sample
@@ -187,15 +198,6 @@ class Rosenbrock:
         }
         memory = state.memory | remember(last)
         return replace(state, w=path.w1, readings=readings, memory=memory, segment=replace(path, readings1=readings))
-
-    def _tallied(self, state: State, accepted: Tensor) -> State:
-        yes = accepted.double()
-        tallies = state.tallies | {
-            "gradients": state.tallies["gradients"] + len(self.pair.weights),
-            "accepted": state.tallies["accepted"] + yes,
-            "rejected": state.tallies["rejected"] + 1 - yes,
-        }
-        return replace(state, tallies=tallies)
 
     def _resized(self, state: State, before: dict[str, Tensor], excess: Tensor, dt: Tensor) -> State:
         """The state with its next step size, by proportional and integral control (Gustafsson 1991).
@@ -238,13 +240,3 @@ def along(norm: Norm, path: Segment, dt: Float[Tensor, " B"]) -> dict[str, Float
         gained["relative"] += weight * speed / size.clamp_min(torch.finfo(size.dtype).tiny)
         gained["dissipated"] += weight * speed**2 / dt
     return gained
-
-
-def _judged(state: State, first: Sample, finite: Tensor) -> State:
-    """The state with trajectories stopped that cannot go on."""
-    state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
-    eps = torch.finfo(state.w.dtype).eps
-    # not "≤", which lets steps pass that are no number
-    stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
-    state = state.stopped(stuck & ~finite, Status.NONFINITE)
-    return state.stopped(stuck, Status.STEP_TOO_SMALL)

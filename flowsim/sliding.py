@@ -28,7 +28,7 @@ from flowsim import boxqp
 from flowsim.boxqp import Solution
 from flowsim.clocks import GRADIENT, Target
 from flowsim.forces import Damping, Hold, Metric, Pack
-from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
+from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment, tallied
 from flowsim.kinks import Point, TwoLayer
 from flowsim.problem import Objective, Problem
 from flowsim.state import State, Status, march
@@ -127,20 +127,16 @@ class Sliding:
         moved = self._moved(problem, metric, state, trial, (first, last), tau)
         excess = self._excess(problem, metric, state, trial, point, moved)
         accepted = excess <= 1
-        yes = accepted.double()
         assert state.multipliers is not None
         released = _between(state.multipliers) & (point.jump.flatten(1) >= 0)
-        tallies = state.tallies | {
-            "gradients": state.tallies["gradients"] + 2,
-            "accepted": state.tallies["accepted"] + yes,
-            "rejected": state.tallies["rejected"] + 1 - yes,
-        }
-        gained = {"sliding": _count(_between(multipliers)), "releases": tallies["releases"] + _count(released)}
-        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=tallies | gained)
+        state = tallied(state, accepted, gradients=2)
+        releases = state.tallies["releases"] + _count(released)
+        gained = state.tallies | {"sliding": _count(_between(multipliers)), "releases": releases}
+        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=gained)
         assert moved.segment is not None
         step = replace(moved.segment, multipliers0=state.multipliers, multipliers1=moved.multipliers)
         moved = replace(moved, segment=step)
-        state = moved.where(accepted, replace(state, tallies=tallies))
+        state = moved.where(accepted, state)
         # too little to be seen in the level
         floor = tau * first.dual**2 <= 16 * torch.finfo(state.w.dtype).eps * (1 + first.lam.abs())
         state = state.stopped(~accepted & floor & torch.isfinite(last.lam), Status.PRECISION_FLOOR)

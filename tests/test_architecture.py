@@ -24,6 +24,7 @@ ORDER = [
     "losses",
     "kinks",
     "problem",
+    "quadratics",
     "boxqp",
     "splitting",
     "velocity",

@@ -10,7 +10,8 @@ from flowsim.faces import Ball
 from flowsim.layout import layout
 from flowsim.matrix_norms import Nuclear, Spectral
 from flowsim.norms import L1, L2, Linf, Lp, Mahalanobis, Norm
-from flowsim.problem import PiecewiseQuadratic, Problem, Quadratic
+from flowsim.problem import Problem
+from flowsim.quadratics import PiecewiseQuadratic, Quadratic
 from flowsim.velocity import Selection, select, variation
 
 ORIGIN = torch.zeros(1, 3, dtype=torch.float64)
