@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flowsim import clocks, data, diagnostics, plots
     from flowsim.block_norms import Euclidean, Max, Sum, modular
+    from flowsim.branches import BranchFan, branch_fan
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
     from flowsim.events import Event
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from flowsim.velocity import select
 
 _HOME = {
+    "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],
     "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "SmallStep", "SteepestDescent"],
     "events": ["Event"],

@@ -11,6 +11,8 @@ jump repels. On a kink Clarke's set of gradients is ∇Λ = base + Σ D·jump·n
 Parallel inputs share their kinks, so their multipliers are not free of each other: D for the same direction, 1 − D
 for the opposite one. Each class of parallel inputs is therefore represented by its first member, which carries the
 jumps of all.
+
+A kink that slides and begins to repel is *released*. It may leave to either side; `taken` is the rule that decides.
 """
 
 from collections.abc import Callable
@@ -54,6 +56,35 @@ def parallels(gram: Float[Tensor, "*batch N N"]) -> tuple[Int[Tensor, "*batch N"
     first = (cosine.abs() > 1 - 256 * torch.finfo(gram.dtype).eps).to(gram).argmax(-1)  # of equal maxima the first
     first = torch.where(size > 0, first, torch.arange(gram.shape[-1], device=gram.device))
     return first, cosine.gather(-1, first[..., None])[..., 0].sign() * size / unit.gather(-1, first)
+
+
+def require_sides(method: str, sides: tuple[int, ...]) -> None:
+    """Raises unless ``sides`` is a tuple of zeros and ones."""
+    if not (isinstance(sides, tuple) and all(type(side) is int and side in (0, 1) for side in sides)):
+        raise ValueError(
+            f"{method}: got sides={sides!r}, expected 0 (z < 0) or 1 (z > 0) for each release in turn, "
+            f"try {method}(sides=(0, 1))"
+        )
+
+
+def taken(
+    multipliers: Float[Tensor, "B K"],
+    released: Bool[Tensor, "B K"],
+    before: Float[Tensor, " B"],
+    sides: tuple[int, ...],
+) -> Float[Tensor, "B K"]:
+    """The side that each kink takes, 0 for z < 0 and 1 for z > 0, where no force holds it any more.
+
+    The releases of a trajectory are counted step by step, and in one step by the index of the kink; ``before`` is the
+    number of earlier ones. The n-th release, from n = 0 on, takes ``sides[n]``. Releases beyond the end of ``sides``,
+    and kinks that are not ``released``, take the side whose multiplier is nearer: 1 from ½ on, else 0.
+    """
+    nearer = (multipliers >= 0.5).to(multipliers)
+    if not sides:
+        return nearer
+    turn = before[:, None].long() + released.cumsum(-1) - 1
+    asked = torch.tensor(sides).to(multipliers)[turn.clamp(0, len(sides) - 1)]
+    return torch.where(released & (turn < len(sides)), asked, nearer)
 
 
 @dataclass(frozen=True)

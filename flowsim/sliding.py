@@ -29,7 +29,7 @@ from flowsim.boxqp import Solution
 from flowsim.clocks import GRADIENT, Target
 from flowsim.forces import Damping, Hold, Metric, Pack
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment, tallied
-from flowsim.kinks import Point, TwoLayer
+from flowsim.kinks import Point, TwoLayer, require_sides, taken
 from flowsim.problem import Objective, Problem
 from flowsim.state import State, Status, march
 
@@ -41,25 +41,30 @@ class KinkImplicit:
     """The method for two-layer nets with kinks in a quadratic norm; see the module.
 
     Where the outer weights of a neuron change sign, its sliding pairs become repelling and are *released*; both
-    sides are solutions. They go to the side whose multiplier is nearer (1 from ½ on), or with ``farther`` to the
-    other.
+    sides are solutions. The n-th release takes the side ``sides[n]``, 0 for z < 0 and 1 for z > 0; those for which
+    nothing is asked take the side whose multiplier is nearer (`kinks.taken`).
     """
 
-    farther: bool = False
+    sides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_sides("KinkImplicit", self.sides)
 
     def solver(self, rtol: float, atol: float) -> "Sliding":
-        return Sliding(rtol, atol, self.farther)
+        return Sliding(rtol, atol, self.sides)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A step that has been tried: its first and its second stage, and the kinks that hold at its end."""
+    """A step that has been tried: its first and its second stage, the kinks that hold at its end, and those that held
+    after the first stage and were released for the second."""
 
     w1: Float[Tensor, "B P"]
     w: Float[Tensor, "B P"]
     outputs1: Float[Tensor, "B N C"]
     multipliers: Float[Tensor, "B N m"]
     stuck: Bool[Tensor, "B N m"]
+    released: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
 
 
@@ -75,7 +80,7 @@ class Sliding:
 
     rtol: float
     atol: float
-    farther: bool = False
+    sides: tuple[int, ...] = ()
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         problem, metric = _required(objective, field)
@@ -122,17 +127,18 @@ class Sliding:
         tau = state.step_size * size / first.dual
         trial = self._tried(metric, net, state, first, tau)
         point = net.at(trial.w)
-        multipliers, h = self._selected(metric, net, point, trial.multipliers, trial.stuck)
+        released = trial.stuck & (point.jump >= 0)
+        before = state.tallies["releases"] + _count(trial.released)
+        given = torch.where(released, self._taken(trial.multipliers, released, before), trial.multipliers)
+        multipliers, h = self._selected(metric, net, point, given, trial.stuck)
         last = field.sample(problem, trial.w, point.lam, h, metric.norm.steepest(h))
         moved = self._moved(problem, metric, state, trial, (first, last), tau)
         excess = self._excess(problem, metric, state, trial, point, moved)
         accepted = excess <= 1
         assert state.multipliers is not None
-        released = _between(state.multipliers) & (point.jump.flatten(1) >= 0)
         state = tallied(state, accepted, gradients=2)
-        releases = state.tallies["releases"] + _count(released)
-        gained = state.tallies | {"sliding": _count(_between(multipliers)), "releases": releases}
-        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=gained)
+        gained = {"sliding": _count(_between(multipliers)), "releases": before + _count(released)}
+        moved = replace(moved, multipliers=multipliers.flatten(1), tallies=state.tallies | gained)
         assert moved.segment is not None
         step = replace(moved.segment, multipliers0=state.multipliers, multipliers1=moved.multipliers)
         moved = replace(moved, segment=step)
@@ -187,14 +193,16 @@ class Sliding:
         point1 = net.at(w1)
         hangs = mask & (point1.jump < 0)
         # what has become repelling inside the step is let go
-        slope = torch.where(mask, torch.where(hangs, low, self._side(used)), _fractions(point.z, point1.z, given))
+        released = ~hangs & (pack.put(torch.zeros_like(given), one.free.to(given)) > 0)
+        side = self._taken(used, released, state.tallies["releases"])
+        slope = torch.where(mask, torch.where(hangs, low, side), _fractions(point.z, point1.z, given))
         off1 = point1.gradient(point1.slopes(slope))
         upper1 = -pack.take(torch.where(hangs, point1.jump, 0.0)) * room
         k2, two = stage(off1, 2 * k1, 1.5 * k1, 0.5, upper1, upper1 * _share(one.force, upper))
         w = state.w + h * (1.5 * k1 + 0.5 * k2)
         stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
         multipliers = pack.put(used, pack.take(low) + _share(two.force, upper1) * room)
-        return Trial(w1, w, point1.outputs, multipliers, stuck, one.solved & two.solved)
+        return Trial(w1, w, point1.outputs, multipliers, stuck, released, one.solved & two.solved)
 
     def _within_reach(
         self, metric: Metric, net: TwoLayer, point: Point, first: Sample, tau: Tensor
@@ -212,7 +220,7 @@ class Sliding:
         The others are on the side that z shows; a stuck pair whose kink repels is let go.
         """
         hangs = stuck & (point.jump < 0)
-        sides = torch.where(stuck, self._side(given), (point.z > 0).to(point.z))
+        sides = torch.where(stuck, (given >= 0.5).to(given), (point.z > 0).to(point.z))
         pack = Pack.of(hangs, metric.scales is not None)
         blocks = metric.blocks(pack, net, point)
         off = point.gradient(point.slopes(torch.where(hangs, 0.0, sides)))
@@ -221,10 +229,10 @@ class Sliding:
         force = boxqp.solve(blocks, ahead, upper, start=upper * pack.take(given)).force
         return pack.put(sides, _share(force, upper)), off - pack.combine(net, force, off.shape[1])
 
-    def _side(self, multipliers: Tensor) -> Tensor:
-        """Where a released pair goes."""
-        nearer = (multipliers >= 0.5).to(multipliers)
-        return torch.where(_between(multipliers), 1 - nearer, nearer) if self.farther else nearer
+    def _taken(self, multipliers: Tensor, released: Tensor, before: Tensor) -> Float[Tensor, "B N m"]:
+        """The sides of pairs that no force holds."""
+        flat = taken(multipliers.flatten(1), released.flatten(1), before, self.sides)
+        return flat.view_as(multipliers)
 
     def _moved(
         self, problem: Problem, metric: Metric, state: State, trial: Trial, ends: tuple[Sample, Sample], tau: Tensor

@@ -48,6 +48,7 @@ ORDER = [
     "provenance",
     "simulation",
     "diagnostics",
+    "branches",
     "plots",
     "experiment",
     "cli",

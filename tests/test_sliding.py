@@ -18,8 +18,8 @@ from flowsim.sliding import KinkImplicit, Sliding
 LOG10 = math.log(10)
 
 
-def flow(problem, w0, until, *, norm=None, rtol=1e-3, farther=False, max_steps=20_000, **options):
-    rule = fs.SteepestFlow(norm or fs.L2(), rtol=rtol, method=KinkImplicit(farther))
+def flow(problem, w0, until, *, norm=None, rtol=1e-3, sides=(), max_steps=20_000, **options):
+    rule = fs.SteepestFlow(norm or fs.L2(), rtol=rtol, method=KinkImplicit(sides))
     return fs.simulate(problem, rule, w0, until=until, max_steps=max_steps, **options)
 
 
@@ -629,10 +629,11 @@ def test_sliding_pairs_stay_on_their_kinks_and_their_gradient_is_the_least():
 
 def test_released_pairs_are_counted_and_their_side_is_a_choice():
     problem, w0 = peers(100, 20, 1)
-    runs = [flow(problem, w0, fs.lam([0.0, 5.0]), farther=farther, strict=True) for farther in (False, False, True)]
+    choices = [(), (), (0, 0, 0), (1, 1, 1)]
+    runs = [flow(problem, w0, fs.lam([0.0, 5.0]), sides=sides, strict=True) for sides in choices]
     assert np.array_equal(runs[0].weights, runs[1].weights)
-    assert [run["tally_releases"][-1, 0] > 0 for run in runs] == [True, True, True]
-    assert np.abs(runs[0].weights[-1] - runs[2].weights[-1]).max() > 1e-4
+    assert [run["tally_releases"][-1, 0] for run in runs] == [3, 3, 3, 3]
+    assert np.abs(runs[2].weights[-1] - runs[3].weights[-1]).max() > 1e-4
     for run in runs:
         risen = run["lam"][-1] - run["lam"][0]
         assert run["dissipated"][-1] == pytest.approx(risen, rel=1e-3)
