@@ -26,7 +26,7 @@ def typed(request, case) -> Case:
 
 @pytest.fixture(scope="module")
 def points(typed) -> Tensor:
-    """Six projections of near points, two of far ones, the eight means, the chosen steepest direction, the element."""
+    """Six projections of near points, two of far ones, eight means, the chosen steepest direction, the element."""
     v = uniform(6, *typed.g.shape, seed=11).to(typed.g)
     face = typed.norm.face(typed.g)
     x = torch.cat([face.project(3 * v), face.project(300 * v[:2])])

@@ -172,12 +172,12 @@ def test_the_orbit_does_not_depend_on_the_clock_where_second_derivatives_jump(cl
 @pytest.mark.parametrize("method", [DOPRI5, BOSH3], ids=lambda t: t.name)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_on_the_lam_clock_lam_advances_by_exactly_the_clock(activation, method):
-    run = flow(activation, "exponential", fs.lam(25.0), clock=LAM, method=method)
+    run = flow(activation, "exponential", fs.lam(10.0), clock=LAM, method=method)
     problem, _ = setting(activation)
-    points = fs.lam(25.0).targets(torch.from_numpy(run["lam"][0]))
+    points = fs.lam(10.0).targets(torch.from_numpy(run["lam"][0]))
     shown = [float(problem.lam(torch.from_numpy(w))) for w in run.weights[1:]]
     # natural steps are exact to rtol; inside a step the weights are a cubic
-    assert shown[-1] == pytest.approx(25.0, abs=1e-5)
+    assert shown[-1] == pytest.approx(10.0, abs=1e-5)
     assert shown == pytest.approx(points, abs=1e-3)
     final = run.final
     natural = float(problem.lam(final.w))
@@ -187,7 +187,7 @@ def test_on_the_lam_clock_lam_advances_by_exactly_the_clock(activation, method):
 @pytest.mark.parametrize("clock", [ARCLENGTH, LAM, RELATIVE, TIME], ids=lambda c: c.name)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_is_dissipated_is_the_rise_of_lam(loss, clock):
-    run = flow("square", loss, fs.lam([5.0]), rtol=1e-8, clock=clock)
+    run = flow("square", loss, fs.lam([3.0]), rtol=1e-8, clock=clock)
     rise = run.final.readings["lam"] - torch.from_numpy(run["lam"][0])
     assert float(run.final.readings["dissipated"] - rise) == pytest.approx(0, abs=1e-6)
 
@@ -200,7 +200,7 @@ def test_lam_is_held_to_rtol_where_the_weights_alone_would_leave_it_loose():
 
 @pytest.mark.parametrize("method", [DOPRI5, BOSH3, fs.TorchDiffEq("dopri5")], ids=["own 5", "own 3", "torchdiffeq"])
 def test_arclength_is_the_length_of_the_path(method):
-    run = flow("square", "exponential", fs.arclength(2.0, saves=150), rtol=1e-6, method=method)
+    run = flow("square", "exponential", fs.arclength(2.0, saves=60), rtol=1e-6, method=method)
     chords = np.linalg.norm(np.diff(run.weights[:, 0], axis=0), axis=1)
     assert chords.sum() == pytest.approx(2.0, rel=1e-3)
     relative = (chords / np.linalg.norm((run.weights[1:, 0] + run.weights[:-1, 0]) / 2, axis=1)).sum()
@@ -224,14 +224,14 @@ def test_atol_matters_where_the_weights_are_small():
     bowl = fs.Quadratic(torch.diag(torch.tensor([1.0, 30.0])).double(), torch.zeros(2).double())
     w0 = torch.tensor([[1e-6, 1e-6]]).double()
     counts = []
-    for atol in (1e-12, 1e-6):
-        rule = fs.SteepestFlow(fs.L2(), rtol=1e-10, atol=atol, clock=TIME, method=DOPRI5)
+    for atol in (1e-11, 1e-6):
+        rule = fs.SteepestFlow(fs.L2(), rtol=1e-7, atol=atol, clock=TIME, method=DOPRI5)
         counts.append(fs.simulate(bowl, rule, w0, until=fs.time(1.0))["steps"][-1, 0])
     assert counts[0] > counts[1]
 
 
 def test_the_clock_changes_the_pattern_of_steps():
-    counts = {c.name: flow("square", "exponential", fs.lam(5.0), clock=c)["steps"][-1, 0] for c in (LAM, TIME)}
+    counts = {c.name: flow("square", "exponential", fs.lam([3.0]), clock=c)["steps"][-1, 0] for c in (LAM, TIME)}
     assert counts["lam"] != counts["time"]
 
 

@@ -109,9 +109,9 @@ def test_a_quadratic_of_two_weights_to_rounding(name, turn, time, end, first, th
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_quadratics_end_at_the_minimiser_and_agree_with_tiny_steps(name, seed):
-    d = 3 + seed
+    d = 3 + 2 * seed
     problem = random_quadratic(d, seed)
     run = fs.simulate(problem, flow(name), zeros(1, d), until=fs.arclength(100.0))
     assert run.statuses == [fs.Status.STATIONARY]
@@ -121,7 +121,7 @@ def test_quadratics_end_at_the_minimiser_and_agree_with_tiny_steps(name, seed):
     assert float(run.final.readings["dissipated"] - rise) == pytest.approx(0, abs=1e-10 * (1 + float(rise)))
     length = 0.6 * float(run.final.readings["arclength"])
     exact = fs.simulate(problem, flow(name), zeros(1, d), until=fs.arclength([length])).weights[-1]
-    follow(problem, NORMS[name], length, exact, (250, 2500))
+    follow(problem, NORMS[name], length, exact, (100, 1000))
 
 
 def test_an_isotropic_quadratic_is_a_soft_threshold_in_linf_and_a_clip_in_l1():
@@ -200,7 +200,7 @@ def test_regression_in_l1_is_forward_stagewise_and_residuals_contract_in_time(na
     problem = linear(x, x @ randn(5, seed=2) + 0.3 * randn(20, seed=3), fs.squared)
     run = fs.simulate(problem, flow(name), zeros(1, 5), until=fs.arclength([0.5, 1.0]), strict=True)
     for s, w in zip([0.5, 1.0], run.weights[1:], strict=True):
-        follow(problem, NORMS[name], s, w, (400, 4000))
+        follow(problem, NORMS[name], s, w, (200, 1000))
     times = [0.001, 0.01, 0.03, 0.1, 0.2]
     pair = fs.simulate(problem, flow(name), randn(2, 5, seed=5), until=fs.time(times), strict=True)
     residuals = np.einsum("nd,tbd->tbn", x.numpy(), pair.weights)
@@ -214,9 +214,8 @@ def test_regression_in_l1_is_forward_stagewise_and_residuals_contract_in_time(na
 
 
 @BOTH
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_hundred_examples_reach_a_loss_of_exp_minus_a_million(name, seed):
-    x, y = fs.data.gaussian_separable(200, 50, margin=0.1, seed=seed)
+def test_two_hundred_examples_reach_a_loss_of_exp_minus_a_million(name):
+    x, y = fs.data.gaussian_separable(200, 50, margin=0.1, seed=0)
     problem, norm = linear(x, y), NORMS[name]
     run = fs.simulate(problem, flow(name), zeros(1, 50), until=fs.lam([1e4, 1e6]), strict=True)
     best = largest_margin((x * y[:, None]).numpy(), name)
@@ -244,7 +243,7 @@ def test_a_thousand_features(name):
 def test_the_soft_margin_rises_at_every_step(name, loss):
     x, y = fs.data.gaussian_separable(40, 8, seed=5)
     problem, norm = linear(x, y, loss), NORMS[name]
-    run = fs.simulate(problem, flow(name), randn(1, 8), until=fs.steps(list(range(1, 120))), strict=True)
+    run = fs.simulate(problem, flow(name), randn(1, 8), until=fs.steps(list(range(1, 80))), strict=True)
     lam = run["lam"][:, 0]
     soft = loss.soft_minimum(torch.from_numpy(lam)).numpy() / norm.value(torch.from_numpy(run.weights[:, 0])).numpy()
     positive = (soft > 0) & (lam < 1e4)
@@ -268,13 +267,13 @@ X, Y = fs.data.gaussian_separable(30, 6, seed=1)
 def test_multi_class_models(name, loss):
     x = torch.cat([3 * torch.eye(4)[[0, 1, 2, 3] * 5].double() + 0.3 * randn(20, 4), randn(20, 2, seed=1)], 1)
     problem = linear(x, torch.tensor([0, 1, 2, 3] * 5), loss, outputs=4)
-    run = fs.simulate(problem, flow(name), zeros(1, 24), until=fs.lam(1e3), strict=True)
-    assert float(problem.margins(run.final.w).min()) > 900
+    run = fs.simulate(problem, flow(name), zeros(1, 24), until=fs.lam(100.0), strict=True)
+    assert float(problem.margins(run.final.w).min()) > 90
     rise = float(run.final.readings["lam"]) - run["lam"][0, 0]
     assert float(run.final.readings["dissipated"]) == pytest.approx(rise, abs=1e-2)
     exact = fs.simulate(problem, flow(name), zeros(1, 24), until=fs.arclength([1.0])).weights[-1]
     # a shift of all classes alike is not seen by the loss
-    apart = [explicit(problem, NORMS[name], zeros(1, 24), 1.0, k) - exact for k in (200, 2000)]
+    apart = [explicit(problem, NORMS[name], zeros(1, 24), 1.0, k) - exact for k in (200, 1000)]
     errors = [np.abs(a - a.mean(0)).max() for a in np.reshape(apart, (2, 4, 6))]
     assert errors[1] < 0.5 * errors[0] < 0.05
 
@@ -341,10 +340,10 @@ def test_a_zero_gradient_stays_where_it_is():
 @BOTH
 def test_a_resumed_run_is_the_same_to_the_bit(name):
     problem, rule, w0 = linear(X, Y), flow(name), randn(2, 6)
-    whole = fs.simulate(problem, rule, w0, until=fs.lam([1.0, 10.0, 100.0]), strict=True)
-    part = fs.simulate(problem, rule, w0, until=fs.lam([1.0, 10.0]), strict=True).final
+    whole = fs.simulate(problem, rule, w0, until=fs.lam([1.0, 3.0, 10.0]), strict=True)
+    part = fs.simulate(problem, rule, w0, until=fs.lam([1.0, 3.0]), strict=True).final
     stored = fs.State.from_tensors(part.tensors())
-    rest = fs.simulate(problem, rule, stored, until=fs.lam([1.0, 10.0, 100.0]), strict=True)
+    rest = fs.simulate(problem, rule, stored, until=fs.lam([1.0, 3.0, 10.0]), strict=True)
     assert torch.equal(rest.final.w, whole.final.w)
     for reading, value in whole.final.readings.items():
         assert torch.equal(rest.final.readings[reading], value), reading
@@ -353,9 +352,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(name):
 @BOTH
 def test_a_trajectory_does_not_know_its_batch_mates(name):
     problem, w0 = linear(X, Y), randn(3, 6)
-    together = fs.simulate(problem, flow(name), w0, until=fs.lam([1.0, 100.0]), strict=True)
+    together = fs.simulate(problem, flow(name), w0, until=fs.lam([1.0, 10.0]), strict=True)
     for b in range(3):
-        alone = fs.simulate(problem, flow(name), w0[b : b + 1], until=fs.lam([1.0, 100.0]), strict=True)
+        alone = fs.simulate(problem, flow(name), w0[b : b + 1], until=fs.lam([1.0, 10.0]), strict=True)
         np.testing.assert_array_equal(alone.weights[:, 0], together.weights[:, b])
 
 
@@ -401,7 +400,7 @@ def test_blocks(norm, seed):
     np.testing.assert_allclose(run.final.w[0], problem.minimiser, atol=1e-9)
     length = 0.7 * float(run.final.readings["arclength"])
     exact = fs.simulate(problem, flow(norm), zeros(1, 7), until=fs.arclength([length])).weights[-1]
-    follow(problem, norm, length, exact, (300, 3000))
+    follow(problem, norm, length, exact, (100, 1000))
 
 
 def test_what_it_cannot_do_is_refused_in_words():

@@ -138,7 +138,7 @@ def order(counts, errors):
 @BY_NORM
 @pytest.mark.parametrize("setting", [linear, net], ids=["linear", "net"])
 def test_fixed_steps_converge_at_order_three(setting, norm):
-    (problem, w0), counts = setting(), (64, 128, 256)
+    (problem, w0), counts = setting(), (32, 64, 128)
     norm = norm(problem.size)
     reference = exact(problem, norm, w0, 1.0)
     errors = [distance(fixed(problem, norm, w0, n, 1.0), reference) for n in counts]
@@ -146,7 +146,7 @@ def test_fixed_steps_converge_at_order_three(setting, norm):
 
 
 def test_order_three_also_with_a_matrix_that_has_nothing_to_do_with_the_field():
-    (problem, w0), counts = linear(), (64, 128, 256)
+    (problem, w0), counts = linear(), (32, 64, 128)
     matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     reference = exact(problem, fs.L2(), w0, 1.0)
     errors = [distance(fixed(problem, fs.L2(), w0, n, 1.0, matrix), reference) for n in counts]
@@ -257,7 +257,7 @@ def test_linear_models_to_lam_a_million(d, rtol, most):
 # Nets
 
 
-def deep(method=ROS34PW2, rtol=1e-4, lams=(5.0, 30.0)):
+def deep(method=ROS34PW2, rtol=1e-4, lams=(3.0, 10.0)):
     net = fs.Diagonal(4, 3)
     problem = fs.Problem(net, X, Y, fs.exponential)
     w0 = net.init([0, 1], scale=0.7).abs()
@@ -302,7 +302,7 @@ def test_the_soft_margin_never_falls_and_energy_balances_to_lam_10000(setting):
 
 def test_a_resumed_run_is_the_same_run():
     problem, w0 = net()
-    until = [5.0, 50.0, 500.0]
+    until = [2.0, 5.0, 20.0]
     whole = fs.simulate(problem, rule(), w0, until=fs.lam(until), strict=True)
     half = fs.simulate(problem, rule(), w0, until=fs.lam(until[:2]), strict=True)
     rest = fs.simulate(problem, rule(), half.final, until=fs.lam(until), strict=True)
@@ -353,7 +353,7 @@ def test_statuses():
     problem = fs.Quadratic(torch.diag(torch.tensor([1.0, 50.0])).double(), torch.tensor([1.0, -1.0]).double())
     at_rest = fs.simulate(problem, rule(), torch.tensor([[1.0, -1.0]]).double(), until=fs.time(1.0, saves=2))
     assert at_rest.statuses == [Status.STATIONARY]
-    moving = fs.simulate(problem, rule(), torch.zeros(1, 2).double(), until=fs.time(1e4), max_steps=2000)
+    moving = fs.simulate(problem, rule(), torch.zeros(1, 2).double(), until=fs.time(100.0), max_steps=2000)
     assert moving.statuses[0] in (Status.DONE, Status.STATIONARY)
     assert moving.final.w.numpy() == pytest.approx(np.array([[1.0, -1.0]]), abs=1e-9)
     assert torch.isfinite(moving.final.readings["log_time"]).all()
