@@ -139,7 +139,7 @@ def rules():
     smooth = fs.MLP([4, 6, 1], activation=fs.squared_relu)
     return {
         "flow": (FLOW, smooth),
-        "flow on kinks": (FLOW, kinked),
+        "flow on kinks": (fs.SteepestFlow(fs.L2(), rtol=1e-3), kinked),
         "small steps": (fs.SmallStep(fs.Linf()), kinked),
         "descent": (fs.GradientDescent(0.01, normalized=True), kinked),
     }
