@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
     from flowsim.integrate import BOSH3, DOPRI5
+    from flowsim.limits import SmallStepLimit, gain_ratio, small_step_limit
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
     from flowsim.movement import MinimisingMovement
@@ -55,6 +56,7 @@ _HOME = {
     "experiment": ["Experiment"],
     "flow": ["SteepestFlow"],
     "integrate": ["BOSH3", "DOPRI5"],
+    "limits": ["SmallStepLimit", "gain_ratio", "small_step_limit"],
     "losses": [
         "cross_entropy",
         "exponential",

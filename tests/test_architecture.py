@@ -49,6 +49,7 @@ ORDER = [
     "simulation",
     "diagnostics",
     "branches",
+    "limits",
     "plots",
     "experiment",
     "cli",
