@@ -172,9 +172,9 @@ def test_the_orbit_does_not_depend_on_the_clock_where_second_derivatives_jump(cl
 @pytest.mark.parametrize("method", [DOPRI5, BOSH3], ids=lambda t: t.name)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_on_the_lam_clock_lam_advances_by_exactly_the_clock(activation, method):
-    run = flow(activation, "exponential", fs.lam(10.0), clock=LAM, method=method)
+    run = flow(activation, "exponential", fs.lam(10.0, saves=20), clock=LAM, method=method)
     problem, _ = setting(activation)
-    points = fs.lam(10.0).targets(torch.from_numpy(run["lam"][0]))
+    points = fs.lam(10.0, saves=20).targets(torch.from_numpy(run["lam"][0]))
     shown = [float(problem.lam(torch.from_numpy(w))) for w in run.weights[1:]]
     # natural steps are exact to rtol; inside a step the weights are a cubic
     assert shown[-1] == pytest.approx(10.0, abs=1e-5)
@@ -226,7 +226,7 @@ def test_atol_matters_where_the_weights_are_small():
     counts = []
     for atol in (1e-11, 1e-6):
         rule = fs.SteepestFlow(fs.L2(), rtol=1e-7, atol=atol, clock=TIME, method=DOPRI5)
-        counts.append(fs.simulate(bowl, rule, w0, until=fs.time(1.0))["steps"][-1, 0])
+        counts.append(fs.simulate(bowl, rule, w0, until=fs.time([1.0]))["steps"][-1, 0])
     assert counts[0] > counts[1]
 
 
@@ -236,7 +236,7 @@ def test_the_clock_changes_the_pattern_of_steps():
 
 
 def test_gradients_accepted_and_rejected_are_counted():
-    run = flow("square", "exponential", fs.arclength(1.0), rtol=1e-7)
+    run = flow("square", "exponential", fs.arclength([1.0]), rtol=1e-7)
     tallies = {name: float(value) for name, value in run.final.tallies.items()}
     assert tallies["accepted"] == float(run.final.readings["steps"])
     assert tallies["gradients"] == 1 + 6 * (tallies["accepted"] + tallies["rejected"])
@@ -353,14 +353,14 @@ def test_a_start_without_a_gradient_is_stationary(method):
 def test_the_relative_clock_does_not_run_at_the_origin():
     problem = fs.Problem(fs.Linear(4), X, Y, fs.exponential)
     rule = fs.SteepestFlow(fs.L2(), clock=RELATIVE, method=DOPRI5)
-    run = fs.simulate(problem, rule, torch.zeros(1, 4).double(), until=fs.lam(1.0), max_steps=500)
+    run = fs.simulate(problem, rule, torch.zeros(1, 4).double(), until=fs.lam([1.0]), max_steps=500)
     assert run.statuses[0] not in (fs.Status.DONE, fs.Status.MAX_STEPS)
     assert (run.final.w == 0).all()
 
 
 def test_torchdiffeq_needs_save_points_on_its_own_clock():
     with pytest.raises(ValueError, match="integrates on the arclength clock, but save points are on lam; try"):
-        flow("square", "exponential", fs.lam(1.0), method=fs.TorchDiffEq("dopri5"))
+        flow("square", "exponential", fs.lam([1.0]), method=fs.TorchDiffEq("dopri5"))
 
 
 @pytest.mark.parametrize("clock", [LAM, TIME], ids=lambda c: c.name)

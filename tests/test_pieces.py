@@ -102,7 +102,7 @@ def test_a_quadratic_of_two_weights_to_rounding(name, turn, time, end, first, th
     assert math.exp(run["log_time"][2, 0]) == pytest.approx(time, rel=1e-12)
     late = time - math.log(1 - kappa[1] * (points[3] - turn) / dual) / kappa[1]
     assert run["log_time"][4, 0] == pytest.approx(math.log(late), abs=1e-3)
-    whole = fs.simulate(problem, flow(name), zeros(1, 2), until=fs.arclength(10.0))
+    whole = fs.simulate(problem, flow(name), zeros(1, 2), until=fs.arclength([10.0]))
     assert whole.statuses == [fs.Status.STATIONARY]
     np.testing.assert_allclose(whole.final.w[0], goal, atol=1e-12)
     assert float(whole.final.readings["arclength"]) == pytest.approx(end, abs=1e-12)
@@ -113,7 +113,7 @@ def test_a_quadratic_of_two_weights_to_rounding(name, turn, time, end, first, th
 def test_quadratics_end_at_the_minimiser_and_agree_with_tiny_steps(name, seed):
     d = 3 + 2 * seed
     problem = random_quadratic(d, seed)
-    run = fs.simulate(problem, flow(name), zeros(1, d), until=fs.arclength(100.0))
+    run = fs.simulate(problem, flow(name), zeros(1, d), until=fs.arclength([100.0]))
     assert run.statuses == [fs.Status.STATIONARY]
     np.testing.assert_allclose(run.final.w[0], problem.minimiser, atol=1e-10)
     # energy: the level rises by the integral of ‖∇level‖_*
@@ -186,7 +186,7 @@ def events(problem, rule, until):
 def test_events_do_not_depend_on_the_tolerance(name):
     x, y = fs.data.gaussian_separable(30, 8, seed=2)
     problem = linear(x, y)
-    loose, tight = (events(problem, flow(name, rtol), fs.lam(30.0)) for rtol in (1e-3, 1e-8))
+    loose, tight = (events(problem, flow(name, rtol), fs.lam([30.0])) for rtol in (1e-3, 1e-8))
     assert len(loose) == len(tight) > 3
     for a, b in zip(loose, tight, strict=True):
         np.testing.assert_allclose(a.w, b.w, rtol=0, atol=1e-12 * max(1.0, float(b.w.abs().max())))
@@ -267,7 +267,7 @@ X, Y = fs.data.gaussian_separable(30, 6, seed=1)
 def test_multi_class_models(name, loss):
     x = torch.cat([3 * torch.eye(4)[[0, 1, 2, 3] * 5].double() + 0.3 * randn(20, 4), randn(20, 2, seed=1)], 1)
     problem = linear(x, torch.tensor([0, 1, 2, 3] * 5), loss, outputs=4)
-    run = fs.simulate(problem, flow(name), zeros(1, 24), until=fs.lam(100.0), strict=True)
+    run = fs.simulate(problem, flow(name), zeros(1, 24), until=fs.lam([100.0]), strict=True)
     assert float(problem.margins(run.final.w).min()) > 90
     rise = float(run.final.readings["lam"]) - run["lam"][0, 0]
     assert float(run.final.readings["dissipated"]) == pytest.approx(rise, abs=1e-2)
@@ -282,7 +282,7 @@ def test_multi_class_models(name, loss):
 @pytest.mark.parametrize("loss", [fs.exponential, fs.logistic], ids=lambda loss: loss.name)
 def test_contradictory_labels_end_at_the_minimiser(name, loss):
     problem = linear(torch.cat([X, X[:10]]), torch.cat([Y, -Y[:10]]), loss)
-    run = fs.simulate(problem, flow(name), randn(2, 6), until=fs.lam(100.0))
+    run = fs.simulate(problem, flow(name), randn(2, 6), until=fs.lam([100.0]))
     assert run.statuses == [fs.Status.STATIONARY] * 2
     assert float(problem.ascent(run.final.w)[1].abs().max()) < 1e-10
     np.testing.assert_allclose(run.final.w[0], run.final.w[1], atol=1e-9)
@@ -291,7 +291,7 @@ def test_contradictory_labels_end_at_the_minimiser(name, loss):
 @BOTH
 def test_interpolation_stops_at_rounding(name):
     problem = linear(randn(8, 20), randn(8, seed=1), fs.squared)
-    run = fs.simulate(problem, flow(name), zeros(1, 20), until=fs.arclength(100.0))
+    run = fs.simulate(problem, flow(name), zeros(1, 20), until=fs.arclength([100.0]))
     assert run.statuses[0] in (fs.Status.STATIONARY, fs.Status.PRECISION_FLOOR)
     assert float(problem.lam(run.final.w)) > 45
 
@@ -315,19 +315,19 @@ def test_repeated_features_share_and_dead_ones_stay(name):
 @BOTH
 def test_repeated_examples_and_symmetric_data(name):
     problem = linear(torch.cat([X, X[:10]]), torch.cat([Y, Y[:10]]))
-    run = fs.simulate(problem, flow(name), zeros(1, 6), until=fs.lam(1e3), strict=True)
+    run = fs.simulate(problem, flow(name), zeros(1, 6), until=fs.lam([1e3]), strict=True)
     best = largest_margin((X * Y[:, None]).numpy(), name)
     assert abs(gap(problem, NORMS[name], run.final.w, best)) < 1e-8
-    run = fs.simulate(separable(torch.eye(4).double()), flow(name), zeros(1, 4), until=fs.lam(100.0), strict=True)
+    run = fs.simulate(separable(torch.eye(4).double()), flow(name), zeros(1, 4), until=fs.lam([100.0]), strict=True)
     np.testing.assert_allclose(run.final.w, run.final.w[:, :1].expand(1, 4))
     signs = torch.randint(-1, 2, (20, 5), generator=torch.Generator().manual_seed(0)).double()
     problem = linear(signs, torch.sign(signs[:, 0] + 0.5), fs.logistic)  # some examples are all zero
-    run = fs.simulate(problem, flow(name), zeros(1, 5), until=fs.arclength(50.0))
+    run = fs.simulate(problem, flow(name), zeros(1, 5), until=fs.arclength([50.0]))
     assert run.statuses[0] in (fs.Status.DONE, fs.Status.STATIONARY)
 
 
 def test_a_zero_gradient_stays_where_it_is():
-    run = fs.simulate(linear(zeros(3, 4), torch.ones(3)), flow("l1"), randn(1, 4), until=fs.lam(1.0))
+    run = fs.simulate(linear(zeros(3, 4), torch.ones(3)), flow("l1"), randn(1, 4), until=fs.lam([1.0]))
     assert run.statuses == [fs.Status.STATIONARY]
     np.testing.assert_array_equal(run.final.w, randn(1, 4))
 
@@ -361,7 +361,7 @@ def test_a_trajectory_does_not_know_its_batch_mates(name):
 def test_the_path_does_not_depend_on_the_clock_nor_on_what_came_before():
     problem, w0 = linear(X, Y), randn(1, 6)
     runs = [
-        fs.simulate(problem, flow("l1", clock=c), w0, until=fs.lam(10.0))
+        fs.simulate(problem, flow("l1", clock=c), w0, until=fs.lam([10.0]))
         for c in (fs.clocks.ARCLENGTH, LAM, RELATIVE)
     ]
     for run in runs[1:]:
@@ -395,7 +395,7 @@ class Blocks(fs.Quadratic):
 def test_blocks(norm, seed):
     plain = random_quadratic(7, seed)
     problem = Blocks(plain.matrix, plain.minimiser)
-    run = fs.simulate(problem, flow(norm), zeros(1, 7), until=fs.arclength(100.0))
+    run = fs.simulate(problem, flow(norm), zeros(1, 7), until=fs.arclength([100.0]))
     assert run.statuses == [fs.Status.STATIONARY]
     np.testing.assert_allclose(run.final.w[0], problem.minimiser, atol=1e-9)
     length = 0.7 * float(run.final.readings["arclength"])
@@ -438,9 +438,9 @@ def test_the_tallies_count_gradients_steps_and_events():
 
 def test_a_state_whose_face_is_lost_selects_it_again():
     problem, rule = linear(X, Y), flow("linf")
-    state = fs.simulate(problem, rule, zeros(1, 6), until=fs.lam(10.0), strict=True).final
-    again = fs.simulate(problem, rule, replace(state, memory={}), until=fs.lam(50.0), strict=True).final
-    on = fs.simulate(problem, rule, state, until=fs.lam(50.0), strict=True).final
+    state = fs.simulate(problem, rule, zeros(1, 6), until=fs.lam([10.0]), strict=True).final
+    again = fs.simulate(problem, rule, replace(state, memory={}), until=fs.lam([50.0]), strict=True).final
+    on = fs.simulate(problem, rule, state, until=fs.lam([50.0]), strict=True).final
     s = float(min(a.readings["arclength"] for a in (again, on)))
     assert s > 0
     np.testing.assert_allclose(again.w / again.readings["lam"], on.w / on.readings["lam"], rtol=0.2)

@@ -346,14 +346,14 @@ def test_a_norm_that_is_not_quadratic_is_refused():
     problem, w0 = linear()
     with pytest.raises(ValueError, match="got the l3 norm, expected a quadratic one .*, try"):
         rule(norm=fs.Lp(3.0)).start(problem, w0)
-    fs.simulate(problem, rule(norm=fs.Lp(2.0)), w0, until=fs.lam(5.0), strict=True)
+    fs.simulate(problem, rule(norm=fs.Lp(2.0)), w0, until=fs.lam([5.0]), strict=True)
 
 
 def test_statuses():
     problem = fs.Quadratic(torch.diag(torch.tensor([1.0, 50.0])).double(), torch.tensor([1.0, -1.0]).double())
     at_rest = fs.simulate(problem, rule(), torch.tensor([[1.0, -1.0]]).double(), until=fs.time(1.0, saves=2))
     assert at_rest.statuses == [Status.STATIONARY]
-    moving = fs.simulate(problem, rule(), torch.zeros(1, 2).double(), until=fs.time(100.0), max_steps=2000)
+    moving = fs.simulate(problem, rule(), torch.zeros(1, 2).double(), until=fs.time([100.0]), max_steps=2000)
     assert moving.statuses[0] in (Status.DONE, Status.STATIONARY)
     assert moving.final.w.numpy() == pytest.approx(np.array([[1.0, -1.0]]), abs=1e-9)
     assert torch.isfinite(moving.final.readings["log_time"]).all()
@@ -366,7 +366,7 @@ def test_statuses():
         checked=True,
     )
     stuck = fs.simulate(
-        fs.Problem(cliff, [[1.0]], [1], fs.exponential), rule(), torch.ones(1, 1).double(), until=fs.lam(5.0)
+        fs.Problem(cliff, [[1.0]], [1], fs.exponential), rule(), torch.ones(1, 1).double(), until=fs.lam([5.0])
     )
     assert stuck.statuses == [Status.NONFINITE]
     assert 1.4 < float(stuck.final.w) < 1.5

@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_last_bit(name, tmp_path):
     """Everything but the count of gradients: going on evaluates the gradient where it starts once more."""
     rule, net = RULES[name]
     p, w0 = problem(net), net.init(range(3))
-    far, half = (fs.steps(120), fs.steps(50)) if "descent" in name else (fs.lam(4.0), fs.lam(2.0))
+    far, half = (fs.steps(120), fs.steps(50)) if "descent" in name else (fs.lam([4.0]), fs.lam([2.0]))
     whole = fs.simulate(p, rule, w0, until=far, max_steps=20_000)
     fs.simulate(p, rule, w0, until=half, directory=tmp_path)
     resumed = fs.simulate(p, rule, fs.load(tmp_path).final, until=far)
