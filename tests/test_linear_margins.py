@@ -6,36 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog, nnls
 
 import flowsim as fs
+from flowsim.reference import game
 
 N, D = 20, 5
 X, Y = fs.data.gaussian_separable(N, D, margin=1.0, seed=range(2))
 NORMS = {"l1": fs.L1(), "l2": fs.L2(), "linf": fs.Linf()}
-
-
-def largest_margin(z, norm):
-    """max of min_i (Zw)_i over the unit ball, by a convex solver."""
-    n, d = z.shape
-    if norm == "l2":  # the nearest point of the convex hull to the origin
-        p = nnls(np.vstack([1e3 * np.ones(n), z.T]), np.append(1e3, np.zeros(d)))[0]
-        w = z.T @ p
-        return (z @ w).min() / np.linalg.norm(w)
-    if norm == "linf":
-        bounds = [(-1, 1)] * d + [(None, None)]
-        return -linprog(np.append(np.zeros(d), -1), np.c_[-z, np.ones(n)], np.zeros(n), bounds=bounds).fun
-    sides, ball = np.c_[-z, z, np.ones(n)], np.append(np.ones(2 * d), 0)
-    bounds = [(0, None)] * (2 * d) + [(None, None)]
-    constraints = np.vstack([sides, ball]), np.append(np.zeros(n), 1)
-    return -linprog(np.append(np.zeros(2 * d), -1), *constraints, bounds=bounds).fun
-
-
-def test_the_solver_finds_known_margins():
-    z = np.array([[3.0, 1, 0], [1, -2, 2], [1, 2, 1]])
-    assert largest_margin(z, "l1") == pytest.approx(17 / 15, abs=1e-9)
-    assert largest_margin(z, "l2") == pytest.approx(math.sqrt(53 / 17), abs=1e-9)
-    assert largest_margin(z, "linf") == pytest.approx(5 / 2, abs=1e-9)
 
 
 def gap_over_bound(name, dlam, seeds, points):
@@ -45,7 +22,7 @@ def gap_over_bound(name, dlam, seeds, points):
     observe = {"margin": fs.diagnostics.margin(norm)}
     rule = fs.SmallStep(norm, dlam=dlam)
     run = fs.simulate(problem, rule, w0, until=fs.lam(points), observe=observe, strict=True)
-    best = np.array([largest_margin((a * b[:, None]).numpy(), name) for a, b in zip(x, y, strict=True)])
+    best = np.array([game(a * b[:, None], norm).margin for a, b in zip(x, y, strict=True)])
     gap = (best - run["margin"][1:]) / best
     assert (gap >= -1e-9).all()
     return gap * (run["lam"][1:] + math.log(N)) / math.log(N)
@@ -83,7 +60,7 @@ def test_flows_of_linear_models_reach_the_largest_margin_at_the_proven_rate(norm
     # with the smallest certificate in the place of γ*
     assert (margin[-1] >= (1 - math.log(N) / (100 + math.log(N))) * upper[-1] - 1e-6).all()
     if norm == fs.L2():
-        best = [largest_margin((X[b] * Y[b, :, None]).numpy(), "l2") for b in range(2)]
+        best = [game(X[b] * Y[b, :, None], norm).margin for b in range(2)]
         assert (upper[-1] >= np.array(best) - 1e-9).all()
         assert ((best - margin[-1]) / best <= math.log(N) / (100 + math.log(N))).all()
 

@@ -9,8 +9,10 @@ import torch
 
 import flowsim as fs
 from flowsim.clocks import ARCLENGTH
+from flowsim.closed_forms import round_quadratic
 from flowsim.integrate import Field
 from flowsim.movement import MinimisingMovement, Mover, implicit_step
+from flowsim.reference import margin_rows, max_margin
 
 METHOD = MinimisingMovement()
 SHAPE = (3, 4)
@@ -29,72 +31,40 @@ def start_at_zero(problem, count=1):
     return torch.zeros(count, problem.size, dtype=torch.float64)
 
 
-# --- closed forms: ½‖w − w*‖² from 0, whose residual is the proximal map of s‖·‖_* -------------------------------
+# --- closed forms: ½‖w − w*‖² from 0, whose residual is the proximal map of s‖·‖_* ----------------------------------
+
+CLOSED = pytest.mark.parametrize(
+    "norm", [fs.L1(), fs.Linf(), fs.Frobenius(), fs.Spectral(), fs.Nuclear()], ids=lambda n: n.name
+)
 
 
-def soft(x, s):
-    return x.sign() * (x.abs() - s).clamp_min(0)
-
-
-def clip(x, s):
-    low, high = 0.0, float(x.abs().max())
-    for _ in range(200):
-        middle = (low + high) / 2
-        if float((x.abs() - middle).clamp_min(0).sum()) > s:
-            low = middle
-        else:
-            high = middle
-    return x.sign() * x.abs().clamp_max(low)
-
-
-def of_singular_values(function):
-    def residual(r, s):
-        u, values, v = torch.linalg.svd(r.view(SHAPE), full_matrices=False)
-        return ((u * function(values, s)) @ v).flatten()
-
-    return residual
-
-
-CLOSED = {
-    "l1": (fs.L1(), clip),
-    "linf": (fs.Linf(), soft),
-    "frobenius": (fs.Frobenius(), lambda r, s: r * (1 - s / torch.linalg.vector_norm(r))),
-    "spectral": (fs.Spectral(), of_singular_values(soft)),
-    "nuclear": (fs.Nuclear(), of_singular_values(clip)),
-}
-
-
-@pytest.mark.parametrize("name", CLOSED)
-def test_round_quadratics_follow_the_proximal_map_through_every_tie(name):
-    norm, residual = CLOSED[name]
+@CLOSED
+def test_round_quadratics_follow_the_proximal_map_through_every_tie(norm):
     target = randn(12, seed=1)
     problem = fs.Quadratic(torch.eye(12, dtype=torch.float64), target, shape=SHAPE)
-    whole = float(norm.bind(problem.layout).value(target))
-    points = [whole * part for part in (0.1, 0.35, 0.6, 0.85)]
-    run = fs.simulate(problem, flow(norm), start_at_zero(problem), until=fs.arclength(points), strict=True)
-    size = float(torch.linalg.vector_norm(target))
-    for s, w in zip(points, run.weights[1:, 0], strict=True):
-        error = target - torch.from_numpy(w) - residual(target, s)
-        assert torch.linalg.vector_norm(error) < 1e-3 * size
+    path = round_quadratic(target, np.zeros(12), norm.bind(problem.layout))
+    points = path.lengths[-1] * np.array([0.1, 0.35, 0.6, 0.85])
+    run = fs.simulate(problem, flow(norm), start_at_zero(problem), until=fs.arclength(points.tolist()), strict=True)
+    error = np.linalg.norm(run.weights[1:, 0] - path.weights(points), axis=-1)
+    assert error.max() < 1e-3 * np.linalg.norm(target)
     # natural steps end on the path itself
     end = run.final
-    exact = residual(target, float(end.readings["arclength"]))
-    torch.testing.assert_close(target - end.w[0], exact, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(end.w[0], path.weights(float(end.readings["arclength"])), rtol=0, atol=1e-7)
     torch.testing.assert_close(
         end.readings["dissipated"], end.readings["lam"] + 0.5 * target @ target, rtol=1e-3, atol=0
     )
 
 
-@pytest.mark.parametrize("name", CLOSED)
-def test_a_flow_ends_at_the_minimiser(name):
+@CLOSED
+def test_a_flow_ends_at_the_minimiser(norm):
     target = randn(12, seed=1)
     problem = fs.Quadratic(torch.eye(12, dtype=torch.float64), target, shape=SHAPE)
-    run = fs.simulate(problem, flow(CLOSED[name][0], 1e-3), start_at_zero(problem), until=fs.arclength(1e3))
+    run = fs.simulate(problem, flow(norm, 1e-3), start_at_zero(problem), until=fs.arclength(1e3))
     assert run.statuses == [fs.Status.STATIONARY]
     torch.testing.assert_close(run.final.w[0], target, rtol=0, atol=1e-5)
 
 
-# --- order --------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------------------------
 
 
 def walk(norm, problem, length, steps):
@@ -147,7 +117,7 @@ def test_general_quadratics_end_at_the_minimiser(name):
     torch.testing.assert_close(run.final.w[0], problem.minimiser, rtol=0, atol=1e-4)
 
 
-# --- margins of linear models -------------------------------------------------------------------------------------
+# --- margins of linear models ---------------------------------------------------------------------------------------
 
 
 def classes(d=6, C=4, n=12, seed=0):
@@ -157,40 +127,16 @@ def classes(d=6, C=4, n=12, seed=0):
     return fs.Problem(fs.Linear(d, C), x, y, fs.pairwise_exponential)
 
 
-def gaps(problem):
-    """Rows of the linear map from weights to pairwise gaps."""
-    jacobian = problem.net.jacobian(start_at_zero(problem), problem.x)[0]
-    return problem.loss.reading.read(jacobian.movedim(-1, 0), problem.y)[0].mT
-
-
-def largest_margin(rows, shape, ball):
-    """max min rows·w over the ball, by conic programming."""
-    cp = pytest.importorskip("cvxpy")
-    w, t = cp.Variable(shape), cp.Variable()
-    problem = cp.Problem(cp.Maximize(t), [rows.numpy() @ cp.vec(w, order="C") >= t, ball(cp, w) <= 1])
-    problem.solve(solver="CLARABEL")
-    return float(t.value)
-
-
-BALLS = {
-    "spectral": (fs.Spectral(), lambda cp, w: cp.norm(w, 2)),
-    "nuclear": (fs.Nuclear(), lambda cp, w: cp.norm(w, "nuc")),
-    "l4": (fs.Lp(4), lambda cp, w: cp.pnorm(cp.vec(w, order="C"), 4)),
-    "l1": (fs.L1(), lambda cp, w: cp.sum(cp.abs(w))),
-    "max": (fs.Max(fs.Spectral()), lambda cp, w: cp.norm(w, 2)),
-}
-
-
-@pytest.mark.parametrize("name", BALLS)
-def test_linear_flows_certify_their_margin_to_lam_10000(name):
-    norm, ball = BALLS[name]
+@pytest.mark.parametrize(
+    "norm", [fs.Spectral(), fs.Nuclear(), fs.Lp(4), fs.L1(), fs.Max(fs.Spectral())], ids=lambda n: n.name
+)
+def test_linear_flows_certify_their_margin_to_lam_10000(norm):
     problem = classes()
-    best = largest_margin(gaps(problem), (4, 6), ball)
+    best, count = max_margin(problem, norm).margin, len(margin_rows(problem))
     bound = norm.bind(problem.layout)
     run = fs.simulate(
         problem, flow(norm, 1e-2), start_at_zero(problem), until=fs.lam([1.0, 10.0, 100.0, 1e4]), strict=True
     )
-    count = len(gaps(problem))
     for w, s in zip(run.weights[1:], run["arclength"][1:, 0], strict=True):
         w = torch.from_numpy(w)
         lam, h = problem.ascent(w)
@@ -243,7 +189,7 @@ def test_one_example_moves_along_a_dual_vector_at_the_exact_speed(norm):
     )
 
 
-# --- other losses -------------------------------------------------------------------------------------------------
+# --- other losses ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [fs.L2(), fs.Lp(4)])
@@ -282,7 +228,7 @@ def test_squared_loss_reaches_least_squares():
     )
 
 
-# --- contracts ----------------------------------------------------------------------------------------------------
+# --- contracts ------------------------------------------------------------------------------------------------------
 
 
 def test_a_duplicated_example_counts_twice():
