@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from flowsim.problem import Problem
     from flowsim.quadratics import PiecewiseQuadratic, Quadratic
     from flowsim.rosenbrock import ROS34PW2
+    from flowsim.schedules import Decay, LossBased, PerStep
     from flowsim.simulation import SimulationError, simulate
     from flowsim.sliding import KinkImplicit
     from flowsim.state import State, Status
@@ -88,6 +89,7 @@ _HOME = {
     "problem": ["Problem"],
     "quadratics": ["PiecewiseQuadratic", "Quadratic"],
     "rosenbrock": ["ROS34PW2"],
+    "schedules": ["Decay", "LossBased", "PerStep"],
     "simulation": ["SimulationError", "simulate"],
     "sliding": ["KinkImplicit"],
     "state": ["State", "Status"],

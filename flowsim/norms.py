@@ -179,15 +179,21 @@ class L2(Norm):
     quadratic = True
 
     def value(self, v: Tensor) -> Tensor:
-        u, size = scaled(v)
-        return size * torch.linalg.vector_norm(u, dim=-1)
+        length = torch.linalg.vector_norm(v, dim=-1)
+        if bool(_sound(length).all()):
+            return length
+        u, exponent = _near_one(v)
+        return torch.ldexp(torch.linalg.vector_norm(u, dim=-1), exponent)
 
     def dual(self, g: Tensor) -> Tensor:
         return self.value(g)
 
     def steepest(self, g: Tensor) -> Tensor:
-        u, _ = scaled(g)
-        return u / nonzero(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
+        length = torch.linalg.vector_norm(g, dim=-1)
+        if not bool(_sound(length).all()):
+            g, _ = _near_one(g)
+            length = torch.linalg.vector_norm(g, dim=-1)
+        return g / nonzero(length)[..., None]
 
     def _nearest(self, v: Tensor) -> Tensor:
         return self.steepest(v)
@@ -321,6 +327,20 @@ def _times(v: Float[Tensor, "*batch P"], matrix: Float[Tensor, "P P"]) -> Float[
     rows = v.reshape(-1, v.shape[-1])
     product = rows.expand(2, -1) @ matrix if len(rows) == 1 else rows @ matrix
     return product[: len(rows)].view(v.shape)
+
+
+def _sound(length: Tensor) -> Tensor:
+    """Where no square that matters has under- or overflowed."""
+    tiny = torch.finfo(length.dtype).tiny ** 0.25
+    return (length > tiny) & (length < 1 / tiny)
+
+
+def _near_one(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v over a power of two, which changes no digit, with entries up to 1; and the power, for `ldexp`."""
+    limit = math.log2(torch.finfo(v.dtype).max) - 1
+    exponent = torch.frexp(v.abs().amax(-1)).exponent.clamp(-limit, limit)
+    exponent = exponent.to(v)  # of an integer, `ldexp` takes the power in single precision
+    return torch.ldexp(v, -exponent[..., None]), exponent
 
 
 def scaled(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -272,14 +272,19 @@ def march(step: Callable[[Any, State], State], problem: Any, state: State, until
         rows = _pending(state, until).nonzero().squeeze(1)
         if rows.numel() == 0:
             break
-        part, local, goal = problem.select(rows), state.select(rows), until.select(rows)
+        whole = rows.numel() == len(state.w)
+        part, local, goal = (problem, state, until) if whole else _rows(problem, state, until, rows)
         while budget > 0:
             local = step(part, local)
             budget -= 1
             if not bool(_pending(local, goal).all()):
                 break
-        state = state.scatter(rows, local)
+        state = local if whole else state.scatter(rows, local)
     return state
+
+
+def _rows(problem: Any, state: State, until: Target, rows: Tensor) -> tuple[Any, State, Target]:
+    return problem.select(rows), state.select(rows), until.select(rows)
 
 
 def _pending(state: State, until: Target) -> Tensor:

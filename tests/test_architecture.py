@@ -42,6 +42,8 @@ ORDER = [
     "forces",
     "sliding",
     "flow",
+    "schedules",
+    "discrete",
     "descent",
     "events",
     "trajectory",
