@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flowsim import clocks, data, diagnostics, plots
+    from flowsim import clocks, closed_forms, data, diagnostics, plots, reference
     from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.branches import BranchFan, branch_fan
     from flowsim.clocks import arclength, lam, steps, time
@@ -96,7 +96,7 @@ _HOME = {
     "trajectory": ["Trajectory", "load"],
     "velocity": ["select"],
 }
-_MODULES = ["clocks", "data", "diagnostics", "plots"]
+_MODULES = ["clocks", "closed_forms", "data", "diagnostics", "plots", "reference"]
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_MODULES])

@@ -29,6 +29,8 @@ ORDER = [
     "splitting",
     "velocity",
     "data",
+    "reference",
+    "closed_forms",
     "clocks",
     "state",
     "integrate",

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 
 import flowsim as fs
 from flowsim import reference
@@ -346,6 +347,16 @@ def test_flows_of_three_examples_are_inside_the_bound_at_every_save(norm, best):
 )
 def test_flows_of_several_classes_are_inside_the_bound_at_every_save(norm):
     within(classes(), norm, fs.lam(300.0, saves=12), 1e-7)
+
+
+def test_the_gap_in_linf_by_hand():
+    """w = (s, w₂, s) with ∂Λ/∂w₂ = 0: of the three terms of that equation two make γ*, the third the gap."""
+    slope = lambda v: math.exp(-v - 4.5) - 2 * math.exp(2 * v - 4.5) + 2 * math.exp(4.5 - 2 * v)
+    second = brentq(slope, 2.0, 2.5, xtol=1e-15)
+    gap = 2.5 - min(27 + second, 27 - 2 * second, 18 + 2 * second) / 9
+    assert gap == pytest.approx(3.25e-5, rel=1e-2)
+    run = follow(binary(FIXTURE, [1, 1, 1]), fs.Linf(), fs.arclength([9.0]), rtol=1e-9)
+    assert 2.5 - run["margin"][-1, 0] == pytest.approx(gap, abs=1e-8)
 
 
 def test_the_bound_on_the_soft_margin_needs_a_level_above_zero():
