@@ -134,7 +134,7 @@ def test_a_small_step_is_bounded_by_its_gain_and_by_the_largest_weight(norm, dla
 
 def test_a_linear_model_may_start_at_zero():
     problem = fs.Problem(fs.Linear(5), X, Y, fs.exponential)
-    run = fs.simulate(problem, fs.SmallStep(fs.L2()), torch.zeros(2, 5).double(), until=fs.lam(1.0), strict=True)
+    run = fs.simulate(problem, fs.SmallStep(fs.L2()), torch.zeros(2, 5).double(), until=fs.lam([1.0]), strict=True)
     assert (run["lam"][-1] >= 1.0 - 1e-9).all()
 
 

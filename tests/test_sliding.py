@@ -345,7 +345,7 @@ def test_small_steps_tend_to_the_flow_in_every_quadratic_norm_and_loss(name):
     run = flow(problem, w0, fs.lam(levels), norm=norm, rtol=5e-4, strict=True)
     leak = float(activation.slope(torch.tensor([-1.0]))[0])
     steps = Steps.of(problem, leak=leak, inverse=inverse_of(problem, norm, inverse))
-    expected, log_time = steps.run(w0[0].numpy(), levels, 4e-3 if loss is fs.squared else 4e-2)
+    expected, log_time = steps.run(w0[0].numpy(), levels, 4e-3 if loss is fs.squared else 8e-2)
     size = np.linalg.norm(expected, axis=1)
     assert np.linalg.norm(run.weights[1:, 0] - expected, axis=1) / size == pytest.approx(0, abs=2e-3)
     assert run["log_time"][1:, 0] == pytest.approx(log_time, abs=3e-3)
@@ -378,14 +378,14 @@ def test_metrics_written_in_two_ways_are_one():
         (fs.Euclidean(fs.L2(), scales), fs.Mahalanobis(diagonal)),
         (fs.Mahalanobis(diagonal), fs.Mahalanobis(torch.diag(diagonal))),
     ):
-        same(*(flow(problem, w0, fs.lam([0.0, 8.0]), norm=norm, strict=True) for norm in (one, other)))
+        same(*(flow(problem, w0, fs.lam([-1.0, 0.0]), norm=norm, strict=True) for norm in (one, other)))
 
 
 def test_norms_that_are_not_quadratic_are_refused():
     problem, w0 = small()
     for norm in (fs.Linf(), fs.Lp(3.0), fs.Euclidean(fs.Linf())):
         with pytest.raises(ValueError, match="expected a quadratic one .*try flowsim.SmallStep"):
-            flow(problem, w0, fs.lam(1.0), norm=norm)
+            flow(problem, w0, fs.lam([1.0]), norm=norm)
 
 
 # Symmetries
@@ -539,7 +539,7 @@ def test_one_kink_costs_an_error_of_second_order(name):
             state, then = then, fixed_steps(problem, then, size, 1)
         return np.linalg.norm(at_level(state, then, level)[0].numpy() - expected)
 
-    coarse, fine = (max(error(size * 0.9**k) for k in range(4)) for size in (0.04, 0.01))
+    coarse, fine = (max(error(size * 0.9**k) for k in range(4)) for size in (0.08, 0.02))
     assert fine < coarse / 4**1.6, math.log(coarse / fine) / math.log(4)
 
 
@@ -648,7 +648,7 @@ def test_trajectories_of_a_batch_are_single_ones_bit_for_bit():
     x = torch.stack([p.x for p, _ in singles])
     y = torch.stack([p.y for p, _ in singles])
     batch = fs.Problem(singles[0][0].net, x, y, fs.exponential)
-    until = fs.lam([0.0, 8.0])
+    until = fs.lam([-1.0, 0.0])
     together = flow(batch, torch.cat([w for _, w in singles]), until, strict=True)
     for b, (problem, w0) in enumerate(singles):
         alone = flow(problem, w0, until, strict=True)
