@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flowsim import clocks, closed_forms, data, diagnostics, plots, reference
+    from flowsim import clocks, closed_forms, data, diagnostics, identities, plots, reference
     from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.branches import BranchFan, branch_fan
+    from flowsim.certificate import Certificate
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
     from flowsim.events import Event
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from flowsim.velocity import select
 
 _HOME = {
+    "certificate": ["Certificate"],
     "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],
     "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "SmallStep", "SteepestDescent"],
@@ -96,7 +98,7 @@ _HOME = {
     "trajectory": ["Trajectory", "load"],
     "velocity": ["select"],
 }
-_MODULES = ["clocks", "closed_forms", "data", "diagnostics", "plots", "reference"]
+_MODULES = ["clocks", "closed_forms", "data", "diagnostics", "identities", "plots", "reference"]
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_MODULES])

@@ -91,6 +91,8 @@ def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> No
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     _print_table(console, runs, directory)
+    for label, run in runs.items():
+        console.print(f"{label}: {run.certificate.verdict}", style="dim")
     if all("margin_l2" in r for r in runs.values()):
         figure = plots.save(plots.overview(runs), directory / "margins", runs)
         console.print("Figure: " + ", ".join(str(path) for path in figure))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsim.certificate import certify, witness
 from flowsim.clocks import Clock, Schedule, Target
 from flowsim.events import Event, Watch, inside
 from flowsim.problem import Objective
@@ -63,7 +64,7 @@ def simulate(
     began = wallclock.monotonic()
     state = rule.start(problem, w0)
     begun_with = state.attempts
-    recorder = _Recorder(problem, until, state, dict(observe or {}))
+    recorder = _Recorder(problem, until, state, dict(observe or {}), witness(problem, rule))
     watch = Watch(problem, dict(events or {}), state, until.clock)
     last_checkpoint, calls = began, 0
     with _bar(progress, rule, recorder) as bar:
@@ -148,8 +149,15 @@ def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> Any:
 class _Recorder:
     """Reads save points off states and keeps them."""
 
-    def __init__(self, problem: Objective, until: Schedule, state: State, observers: dict[str, Observer]) -> None:
-        self.problem, self.observers = problem, observers
+    def __init__(
+        self,
+        problem: Objective,
+        until: Schedule,
+        state: State,
+        observers: dict[str, Observer],
+        witnesses: dict[str, Observer],
+    ) -> None:
+        self.problem, self.observers, self.witnesses = problem, observers, witnesses
         self.clock: Clock = until.clock
         self.targets = torch.tensor(
             [-torch.inf, *until.targets(state.readings[self.clock.reading])],
@@ -159,6 +167,7 @@ class _Recorder:
         B, P = state.w.shape
         self.next = torch.zeros(B, dtype=torch.long, device=state.w.device)
         self.values: dict[str, np.ndarray] = {}
+        self.witnessed: dict[str, np.ndarray] = {}
         self.weights = np.full((len(self.targets), B, P), np.nan) if self._affordable(B * P) else None
 
     def _affordable(self, numbers: int) -> bool:
@@ -200,19 +209,24 @@ class _Recorder:
         values = dict(point.readings) | {f"tally_{name}": tally for name, tally in point.tallies.items()}
         with torch.no_grad():
             values |= {name: observer(self.problem, point) for name, observer in self.observers.items()}
-        for name, value in values.items():
-            if not isinstance(value, Tensor) or value.shape[:1] != self.next.shape:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"observer {name!r} returned {got}, expected a tensor with a leading trajectory axis of "
-                    f"{len(self.next)}"
-                )
-            array = value.detach().cpu().double().numpy()
-            if name not in self.values:
-                self.values[name] = np.full((len(self.targets), *array.shape), np.nan)
-            self.values[name][index, rows] = array[rows]
+            witnessed = {name: observer(self.problem, point) for name, observer in self.witnesses.items()}
+        for kept, new in ((self.values, values), (self.witnessed, witnessed)):
+            for name, value in new.items():
+                array = self._checked(name, value)
+                if name not in kept:
+                    kept[name] = np.full((len(self.targets), *array.shape), np.nan)
+                kept[name][index, rows] = array[rows]
         if self.weights is not None:
             self.weights[index, rows] = point.w.detach().cpu().double().numpy()[rows]
+
+    def _checked(self, name: str, value: Any) -> np.ndarray:
+        if not isinstance(value, Tensor) or value.shape[:1] != self.next.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"observer {name!r} returned {got}, expected a tensor with a leading trajectory axis of "
+                f"{len(self.next)}"
+            )
+        return value.detach().cpu().double().numpy()
 
     def trajectory(self, state: State, rule: Rule, provenance: dict[str, Any], watch: Watch) -> Trajectory:
         return Trajectory(
@@ -222,5 +236,6 @@ class _Recorder:
             label=rule.label,
             clock=self.clock.reading,
             provenance=provenance,
+            certificate=certify(self.problem, self.values, self.witnessed, state),
             events={name: {k: v.cpu().numpy() for k, v in found.items()} for name, found in watch.found.items()},
         )

@@ -1,8 +1,8 @@
 """Where trajectories have been: named values at the save points, the final state, and how they came about.
 
 On disk a run is one directory: ``trajectory.nc`` (HDF5 with dimension scales, opens as NetCDF-4), ``run.json``
-(status and provenance) and ``checkpoints/state.safetensors`` (all that a resume needs). Nothing in it executes on
-loading, and every file is written beside its place and moved into it.
+(status, certificate and provenance) and ``checkpoints/state.safetensors`` (all that a resume needs). Nothing in it
+executes on loading, and every file is written beside its place and moved into it.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowsim.certificate import Certificate
 from flowsim.state import State, Status
 
 _STATE = Path("checkpoints") / "state.safetensors"
@@ -31,6 +32,8 @@ class Trajectory:
 
     ``run.events["separated"]["lam"]`` is Λ where each trajectory came to that event, NaN where it did not; there are
     all readings, and ``"value"``, what was measured there. Each is ``(B,)``.
+
+    ``run.certificate`` says how far the run can be trusted; its ``verdict`` is a sentence.
     """
 
     values: dict[str, np.ndarray]
@@ -39,6 +42,7 @@ class Trajectory:
     label: str
     clock: str
     provenance: dict[str, Any]
+    certificate: Certificate
     events: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -71,6 +75,7 @@ class Trajectory:
             values={name: value[:, rows] for name, value in self.values.items()},
             weights=None if self.weights is None else self.weights[:, rows],
             final=self.final.select(torch.tensor(rows, device=self.final.w.device)),
+            certificate=self.certificate.select(rows),
             events={name: {k: v[rows] for k, v in found.items()} for name, found in self.events.items()},
         )
 
@@ -84,6 +89,7 @@ class Trajectory:
             "label": self.label,
             "clock": self.clock,
             "status": [{"name": s.name, "sentence": s.sentence} for s in self.statuses],
+            "certificate": self.certificate.record(),
             "provenance": self.provenance,
         }
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -136,6 +142,7 @@ def load(directory: str | Path) -> Trajectory:
         label=record["label"],
         clock=record["clock"],
         provenance=record["provenance"],
+        certificate=Certificate.read(record["certificate"]),
         events=events,
     )
 

@@ -54,6 +54,7 @@ def test_run_writes_a_directory_that_loads_and_prints_why_each_run_stopped(confi
     assert result.exit_code == 0, result.output
     assert "2 × DONE" in result.output
     assert "2 × MAX_STEPS" in result.output
+    assert "ℓ2 small steps, ΔΛ = 0.2: separated; soft margin monotone; energy balance" in result.output
     made = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.toml", "summary.csv", "margins.pdf", "margins.png", "margins.csv"} < made
     run = fs.load(tmp_path / "out" / "l2-small-steps-dlam-0.2")

@@ -14,6 +14,7 @@ X = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
 Y = [1, -1, 1]
 W = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
 NORMS = {"l1": (fs.L1(), 6.0), "l2": (fs.L2(), math.sqrt(14)), "linf": (fs.Linf(), 3.0)}
+KINDS = ("norm", "dual", "alignment", "margin", "soft_margin")
 DUALS = {"l1": lambda h: max(map(abs, h)), "l2": lambda h: math.hypot(*h), "linf": lambda h: sum(map(abs, h))}
 
 
@@ -91,19 +92,19 @@ def test_normalised_measurements_do_not_depend_on_scale_where_they_should_not():
 
 
 def test_names_of_the_standard_measurements():
-    by_norm = {f"{what}_{norm}" for norm in NORMS for what in ("norm", "alignment", "margin", "soft_margin")}
-    assert set(diagnostics.standard(tiny())) == by_norm | {"entropy", "accuracy"}
-    assert set(diagnostics.standard(tiny(), test=(X, Y))) == by_norm | {"entropy", "accuracy", "test_accuracy"}
+    by_norm = {f"{what}_{norm}" for norm in NORMS for what in KINDS}
+    others = {"entropy", "support", "accuracy"}
+    assert set(diagnostics.standard(tiny())) == by_norm | others
+    assert set(diagnostics.standard(tiny(), test=(X, Y))) == by_norm | others | {"test_accuracy"}
     only = diagnostics.standard(tiny(), norms=[fs.Lp(3)])
     name = fs.Lp(3).name
-    expected = {f"norm_{name}", f"alignment_{name}", f"margin_{name}", f"soft_margin_{name}", "entropy", "accuracy"}
-    assert set(only) == expected
+    assert set(only) == {f"{what}_{name}" for what in KINDS} | others
 
 
 def test_squared_loss_has_no_margins_to_measure():
     problem = fs.Problem(fs.MLP([2, 1, 1]), X, Y, fs.squared)
     found = measure(problem)
-    assert set(found) == {f"{what}_{norm}" for norm in NORMS for what in ("norm", "alignment")}
+    assert set(found) == {f"{what}_{norm}" for norm in NORMS for what in ("norm", "dual", "alignment")}
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
@@ -141,7 +142,7 @@ def test_one_number_for_each_trajectory_on_the_dtype_of_the_weights(dtype):
     w = problem.net.init(range(5)).to(dtype)
     for value in measure(problem.like(w), w, test=(X, Y)).values():
         assert value.shape == (5,)
-        assert value.dtype == dtype
+        assert value.dtype == dtype or not value.is_floating_point()  # a count
         assert torch.isfinite(value).all()
 
 
@@ -194,3 +195,49 @@ def test_without_multipliers_the_gradient_is_that_of_autograd():
     problem, w0 = fs.data.peers_net(6, 16, 12, seed=1)
     final = fs.simulate(problem, fs.SmallStep(fs.L2()), w0, until=fs.lam(2.0, saves=3)).final
     assert torch.equal(fs.diagnostics.ascent(problem, final), problem.ascent(final.w)[1])
+
+
+def test_the_papers_names_are_dual():
+    problem = tiny()
+    found = {name: float(f(problem, fresh(problem, W))) for name, f in diagnostics.paper(problem).items()}
+    assert found["gamma_1"] == pytest.approx(-6 / 3**2)  # over ‖w‖_∞
+    assert found["gamma_2"] == pytest.approx(-6 / 14)
+    assert found["gamma_inf"] == pytest.approx(-6 / 6**2)
+    assert found["gamma_sigma"] == pytest.approx(-6 / 3**2)  # spectral norms √5 and 3
+
+
+def test_margins_by_layers_do_not_see_how_the_layers_are_scaled():
+    problem = tiny()
+    by_layer = diagnostics.layer_norms(fs.L2())(problem, fresh(problem, W))
+    assert by_layer[0].tolist() == pytest.approx([math.sqrt(5), 3])
+    lyu_li = diagnostics.product_margin(fs.L2())
+    assert float(lyu_li(problem, fresh(problem, W))) == pytest.approx(-6 / (math.sqrt(5) * 3))
+    scaled = W * torch.tensor([10.0, 10.0, 0.3])
+    torch.testing.assert_close(lyu_li(problem, fresh(problem, scaled)), lyu_li(problem, fresh(problem, W)))
+    squared = fs.Problem(fs.MLP([2, 1, 1], activation=fs.squared_relu), X, Y, fs.exponential)
+    value = lyu_li(squared, fresh(squared, W))  # f = 3 (2)² = 12 on the worst example, of degree 2 in the first layer
+    assert float(value) == pytest.approx(-12 / (5 * 3))
+    skip = fs.FunctionNet(lambda p, x: x @ (p["a"] * p["b"] + p["b"] ** 2), fs.layout.layout({"a": (2,), "b": (2,)}))
+    mixed = fs.Problem(skip, X, Y, fs.exponential)
+    assert torch.isnan(lyu_li(mixed, fresh(mixed, mixed.net.init(0)))).all()
+
+
+def test_support_vectors_and_the_distribution_of_margins():
+    problem = fs.Problem(fs.Linear(1), [[1.0], [2.0], [4.0]], [1, 1, 1], fs.exponential)
+    state = fresh(problem, torch.tensor([[2.0], [0.5], [-1.0]], dtype=torch.float64))
+    near = diagnostics.support_vectors(1.0)(problem, state)  # margins within log 10 = 2.3 of the least
+    assert near.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
+    assert diagnostics.support_count(1.0)(problem, state).tolist() == [2, 3, 0]
+    quantiles = diagnostics.margin_quantiles(fs.L2(), (0.0, 0.5, 1.0))(problem, state)
+    assert quantiles.tolist() == [[1, 2, 4], [1, 2, 4], [-4, -2, -1]]
+
+
+def test_the_standard_measurements_take_one_gradient_at_each_save(monkeypatch):
+    problem, calls = tiny(), []
+    own = fs.Problem.ascent
+    monkeypatch.setattr(fs.Problem, "ascent", lambda self, w: (calls.append(1), own(self, w))[1])
+    found = diagnostics.standard(problem)
+    for state in (fresh(problem, W), fresh(problem, 2 * W)):
+        for f in found.values():
+            f(problem, state)
+    assert len(calls) == 2
