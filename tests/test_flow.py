@@ -255,7 +255,7 @@ NET = fs.Problem(fs.Diagonal(3), torch.eye(3).double(), [1, -1, 1], fs.logistic)
         (BOWL, fs.Lp(4.0), MinimisingMovement()),
         (NET, fs.Lp(4.0), fs.DOPRI5),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", type(value).__name__),
 )
 def test_the_method_follows_from_norm_and_problem(problem, norm, method):
     assert suited(norm.bind(problem.layout), problem) == method
