@@ -102,6 +102,21 @@ def test_in_l2_tiny_steps_gain_as_much_as_the_flow(lam):
     assert ratio.item() == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize(("seed", "lam"), [(0, 5.0), (1, 5.0), (2, 0.0)])
+def test_in_linf_tiny_steps_rise_more_slowly_than_the_flow(seed, lam):
+    """The slope of the flow at a place on many kinks, by a linear programme, against sign steps."""
+    problem, w0 = peers(20, 32, 30, seed)
+    state = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-3), w0, until=fs.lam([lam])).final
+    flow = fs.select(problem, fs.Linf(), state.w, state.multipliers)
+    assert flow.gap < 1e-9
+    for step in (4e-6, 1e-6):  # of the largest weight: the ratio is no matter of the step
+        length = step * float(state.w.abs().max())
+        run = fs.simulate(problem, fs.SignDescent(length, normalized=True), state.w, until=fs.steps([400]))
+        rate = (run["lam"][-1, 0] - run["lam"][0, 0]) / run["arclength"][-1, 0]
+        assert 1.05 < flow.dual.item() / rate < 1.2
+    assert flow.dual < fs.Linf().dual(problem.ascent(state.w)[1])
+
+
 # Smooth fields, where the limit is the flow in every norm
 
 
