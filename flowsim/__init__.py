@@ -10,10 +10,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flowsim import clocks, closed_forms, data, diagnostics, identities, plots, reference
+    from flowsim.adaptive import AdaGrad, Adam, AdamW, Adaptive, RMSProp
     from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.branches import BranchFan, branch_fan
     from flowsim.certificate import Certificate
     from flowsim.clocks import arclength, lam, steps, time
+    from flowsim.constraints import frank_wolfe_gap
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
     from flowsim.events import Event
     from flowsim.experiment import Experiment
@@ -51,9 +53,11 @@ if TYPE_CHECKING:
     from flowsim.velocity import select
 
 _HOME = {
+    "adaptive": ["AdaGrad", "Adam", "AdamW", "Adaptive", "RMSProp"],
     "certificate": ["Certificate"],
     "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],
+    "constraints": ["frank_wolfe_gap"],
     "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "SmallStep", "SteepestDescent"],
     "events": ["Event"],
     "experiment": ["Experiment"],
