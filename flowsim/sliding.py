@@ -127,7 +127,7 @@ class Sliding:
         tau = state.step_size * size / first.dual
         trial = self._tried(metric, net, state, first, tau)
         point = net.at(trial.w)
-        released = trial.stuck & (point.jump >= 0)
+        released = trial.stuck & (point.jump >= 0) & ~trial.released
         before = state.tallies["releases"] + _count(trial.released)
         given = torch.where(released, self._taken(trial.multipliers, released, before), trial.multipliers)
         multipliers, h = self._selected(metric, net, point, given, trial.stuck)
@@ -200,8 +200,14 @@ class Sliding:
         upper1 = -pack.take(torch.where(hangs, point1.jump, 0.0)) * room
         k2, two = stage(off1, 2 * k1, 1.5 * k1, 0.5, upper1, upper1 * _share(one.force, upper))
         w = state.w + h * (1.5 * k1 + 0.5 * k2)
-        stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
         multipliers = pack.put(used, pack.take(low) + _share(two.force, upper1) * room)
+        stuck = pack.put(torch.zeros_like(given), two.free.to(w)) > 0
+        # a pair released so late that the step ends on its wrong side leaves its kink in the next step
+        wrong = released & ((point1.along(w) > 0) != (side > 0.5))
+        if bool(wrong.any()):
+            multipliers, stuck = torch.where(wrong, side, multipliers), stuck | wrong
+            off_kink = pack.take(torch.where(wrong, point1.along(w), 0.0))
+            w = w - damping(metric.raised(hold.combine(_forces_for(hold, stuck, off_kink), size)))
         return Trial(w1, w, point1.outputs, multipliers, stuck, released, one.solved & two.solved)
 
     def _within_reach(
@@ -290,6 +296,12 @@ class Sliding:
         before, after = (problem.loss.soft_minimum(s.readings["lam"]) for s in (state, moved))
         growth = (metric.norm.value(moved.w) / metric.norm.value(state.w)).double() ** problem.degree
         return (before > 0) & (after < before * growth * (1 - 1e-14))
+
+
+def _forces_for(hold: Hold, stuck: Bool[Tensor, "B N m"], move: Float[Tensor, "B G c"]) -> Float[Tensor, "B G c"]:
+    """The forces on stuck pairs that move their coordinates by so much."""
+    held = hold.pack.take(stuck.to(move)) > 0
+    return boxqp.ridged(hold.blocks, hold.low_rank)[0].solve(held, move)
 
 
 def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
