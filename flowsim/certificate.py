@@ -256,7 +256,7 @@ def falls(soft: Array) -> Array:
 def _slack(soft: Array, alpha: Array, sigma: Array, degree: float) -> Array:
     """log(γ̃₂/γ̃₁)/L − ∫(1/α − 1)dσ over the saves where γ̃ > 0. Between two saves the integrand counts as the lesser of
     its ends, so that a negative slack is a violation and not the saves' spacing."""
-    excess = 1 / alpha - 1
+    excess = 1 / np.where(alpha > 0, alpha, np.nan) - 1
     part = np.diff(np.log(soft), axis=0) / degree - np.diff(sigma, axis=0) * np.minimum(excess[1:], excess[:-1])
     known = np.isfinite(part)
     return np.where(known.any(0), np.where(known, part, 0.0).sum(0), np.nan)

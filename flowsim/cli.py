@@ -94,8 +94,9 @@ def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> No
     for label, run in runs.items():
         console.print(f"{label}: {run.certificate.verdict}", style="dim")
     if all("margin_l2" in r for r in runs.values()):
-        figure = plots.save(plots.overview(runs), directory / "margins", runs)
-        console.print("Figure: " + ", ".join(str(path) for path in figure))
+        figures = plots.save(plots.overview(runs), directory / "margins", runs)
+        figures += plots.save(plots.trust(runs), directory / "trust")
+        console.print("Figures: " + ", ".join(str(path) for path in figures))
     console.print(f"Runs:   {directory}/  (load one with flowsim.load)")
 
 

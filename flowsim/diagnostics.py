@@ -4,11 +4,9 @@ Functions of (problem, state), most of them for ``simulate(…, observe=…)``, 
 `multipliers`. Theorems as numbers, at a point and along a run, are in `identities`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from flowsim.margins import (
     Diagnostic,
@@ -53,6 +51,7 @@ __all__ = [
     "divergence",
     "dual",
     "entropy",
+    "kkt",
     "layer_norms",
     "margin",
     "margin_quantiles",
@@ -97,14 +96,35 @@ def standard(
     return found
 
 
+def kkt(norm: Norm, *, best: bool = False) -> dict[str, Diagnostic]:
+    """The KKT conditions in a norm by name, for ``simulate(…, observe=…)`` and ``plots.kkt``: ``alignment_…``,
+    ``divergence_…``, ``residual_…``, ``slackness_…`` and ``multipliers_…``, and with ``best`` ``excess_…`` and
+    ``floor_…`` of the best multipliers, which cost a small convex programme at each save point."""
+    at = _Last(lambda problem, state: Stationarity.of(problem, state, norm))
+    optimum = _Last(lambda problem, state: best_multipliers(problem, state, norm))
+    found: dict[str, Diagnostic] = {
+        "alignment": lambda problem, state: at(problem, state).alignment,
+        "divergence": lambda problem, state: at(problem, state).divergence,
+        "residual": lambda problem, state: at(problem, state).residual()[1],
+        "slackness": lambda problem, state: at(problem, state).slack,
+        "multipliers": lambda problem, state: at(problem, state).multipliers,
+    }
+    if best:
+        found |= {
+            "excess": lambda problem, state: optimum(problem, state).excess,
+            "floor": lambda problem, state: optimum(problem, state).floor,
+        }
+    return {f"{name}_{norm.name}": measure for name, measure in found.items()}
+
+
 @dataclass
 class _Last:
-    """A diagnostic that is not evaluated again for the same two objects, so that several may share it."""
+    """A function of (problem, state) that is not called again for the same two, so that several may share it."""
 
-    function: Diagnostic
-    seen: tuple[Problem, State, Tensor] | None = None
+    function: Callable[[Problem, State], Any]
+    seen: tuple[Problem, State, Any] | None = None
 
-    def __call__(self, problem: Problem, state: State) -> Tensor:
+    def __call__(self, problem: Problem, state: State) -> Any:
         if self.seen is None or self.seen[0] is not problem or self.seen[1] is not state:
             self.seen = (problem, state, self.function(problem, state))
         return self.seen[2]

@@ -289,7 +289,8 @@ def aligning(run: "Trajectory", norm: Norm) -> Check:
     """
     soft = run[f"soft_margin_{norm.name}"]
     right = np.diff(np.log(np.where(soft > 0, soft, np.nan)), axis=0) / _degree(run)
-    excess = 1 / run[f"alignment_{norm.name}"] - 1
+    alpha = run[f"alignment_{norm.name}"]
+    excess = 1 / np.where(alpha > 0, alpha, np.nan) - 1
     width = np.diff(run["relative"], axis=0)
     left = width * (excess[1:] + excess[:-1]) / 2
     return Check(left - right, np.abs(np.diff(excess, axis=0)) * width / 2)

@@ -1,67 +1,68 @@
 """Figures for papers: functions of trajectories that draw on an Axes and return it.
 
 ``runs`` is a Trajectory or a mapping from labels to trajectories. A curve is the median over seeds, its band the 10th
-to 90th percentile. Colours and dashes follow the order of the mapping, so that they agree between figures. Nothing
-here sets global state or shows a window; `save` writes vector and pixel files and the data of the figure.
+to 90th percentile. Colours and dashes follow the order of the mapping, so that they agree between figures. Pictures
+of a single run are in `portraits`. Nothing here sets global state or shows a window; `save` writes vector and pixel
+files and the data of the figure.
 """
 
 import csv
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from flowsim.curves import (
+    AXES,
+    NORMS,
+    Runs,
+    bands,
+    crossing,
+    curves,
+    degree,
+    fresh_axes,
+    key,
+    legend,
+    look,
+    mathtext,
+    named,
+    position,
+    power_of_ten,
+    require,
+    separation,
+    style,
+    wide,
+)
+from flowsim.portraits import kkt, multipliers, neurons, residuals
 from flowsim.trajectory import Trajectory
 
-Runs: TypeAlias = Trajectory | Mapping[str, Trajectory]
-
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2, 2, 2)))
-_AXES = {
-    "log_time": "flow time $t$",
-    "lam": r"level $\Lambda = \log(1/\mathcal{L})$",
-    "steps": "steps",
-    "arclength": "arclength $s$ in the rule's norm",
-    "relative": r"relative arclength $\sigma = \int \|dw\|/\|w\|$",
-}
-_NORMS = {"l1": r"\|w\|_1", "l2": r"\|w\|_2", "linf": r"\|w\|_\infty"}
-_TICKS = [0.0, *(sign * p for sign in (-1, 1) for k in range(6) for p in (3 * 10.0**k, 10.0 ** (k + 1)))]
+__all__ = [
+    "alignment",
+    "bands",
+    "certificate",
+    "crossing",
+    "energy",
+    "gap",
+    "kkt",
+    "loss",
+    "margins",
+    "multipliers",
+    "neurons",
+    "norms",
+    "overview",
+    "position",
+    "residuals",
+    "save",
+    "separation",
+    "style",
+    "trust",
+]
 
 _FORMATS: dict[str, dict[str, Any]] = {".pdf": {"metadata": {"CreationDate": None}}, ".png": {"dpi": 200}}
-
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "lines.linewidth": 1.2,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "flowsim",
-}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Matplotlib settings for a paper's figure, within a ``with`` block only."""
-    with mpl.rc_context(STYLE):
-        yield
 
 
 def margins(
@@ -71,20 +72,20 @@ def margins(
 
     A circle marks the first time that every training example is classified, a triangle the time t₀ where Λ > 0.
     """
-    ax = _curves(runs, f"{'soft_' if soft else ''}margin_{norm}", against, ax)
+    ax = curves(runs, f"{'soft_' if soft else ''}margin_{norm}", against, ax)
     ax.set_yscale("log", nonpositive="mask")
-    size = _NORMS.get(norm, r"\|w\|")
+    size = NORMS.get(norm, r"\|w\|")
     value = r"\ell^{-1}(\mathcal{L})" if soft else r"\mathrm{min}_i\, q_i"
-    ax.set_ylabel(rf"margin ${value}/{size}^{{{_degree(runs)}}}$")
+    ax.set_ylabel(rf"margin ${value}/{size}^{{{degree(runs)}}}$")
     return ax
 
 
 def loss(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """Sum loss 𝓛, drawn from its logarithm: 10^(−400) is a point like any other."""
-    ax = _curves(runs, "lam", against, ax, transform=_log10_loss)
-    _wide(ax, "y", _power_of_ten)
+    ax = curves(runs, lambda run: _log10_loss(run["lam"]), against, ax)
+    wide(ax, "y", power_of_ten)
     ax.set_ylabel(r"loss $\mathcal{L}$")
-    start = max(_log10_loss(run["lam"][0]).max() for run in _named(runs).values())
+    start = max(_log10_loss(run["lam"][0]).max() for run in named(runs).values())
     ax.set_ylim(top=start + 1)  # a diverging run leaves the picture rather than flattening the others
     return ax
 
@@ -95,18 +96,103 @@ def _log10_loss(lam: np.ndarray) -> np.ndarray:
 
 def norms(runs: Runs, norm: str = "l2", *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """Norm of the weights."""
-    ax = _curves(runs, f"norm_{norm}", against, ax)
+    ax = curves(runs, f"norm_{norm}", against, ax)
     ax.set_yscale("log")
-    ax.set_ylabel(rf"${_NORMS.get(norm, '|w|')}$")
+    ax.set_ylabel(rf"${NORMS.get(norm, '|w|')}$")
     return ax
 
 
 def alignment(runs: Runs, norm: str = "l2", *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """1 − α, the distance of weights and gradient from being aligned: 0 at a KKT point of the max-margin problem."""
-    ax = _curves(runs, f"alignment_{norm}", against, ax, transform=lambda a: 1 - a)
+    ax = curves(runs, lambda run: 1 - run[f"alignment_{norm}"], against, ax)
     ax.set_yscale("log", nonpositive="mask")
-    ax.set_ylabel(rf"$1 - \langle w, -g\rangle/({_NORMS.get(norm, '|w|')}\,\|g\|_*)$")
+    ax.set_ylabel(rf"$1 - \langle w, -g\rangle/({NORMS.get(norm, '|w|')}\,\|g\|_*)$")
     return ax
+
+
+def energy(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
+    """The energy residual |∫‖h‖_* ds/ΔΛ − 1| from the first save on, as the method has summed it: 0 along a flow."""
+    ax = curves(runs, _energy, against, ax, marks=False)
+    ax.set_yscale("log", nonpositive="mask")
+    ax.set_ylabel(r"energy residual $|\int \|h\|_*\,ds\,/\,\Delta\Lambda - 1|$")
+    return ax
+
+
+def _energy(run: Trajectory) -> np.ndarray:
+    risen, spent = (run[name] - run[name][:1] for name in ("lam", "dissipated"))
+    return np.abs(spent / np.where(risen > 0, risen, np.nan) - 1)
+
+
+def gap(
+    runs: Runs,
+    best: float,
+    norm: str = "l2",
+    *,
+    against: str = "lam",
+    slope: float | None = -1.0,
+    bound: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """γ* − γ on logarithmic axes, for the largest margin γ* ``best``, over Λ, s or log t.
+
+    A dotted line has the given ``slope`` and starts where the first curve is half way; a grey one is ``bound``/x,
+    which for ``bound`` = log M and x = s no flow of a linear model from 0 exceeds.
+    """
+    require(against)
+    ax = ax or fresh_axes()
+    for index, (label, run) in enumerate(named(runs).items()):
+        x, low, middle, high = bands(run[against], best - run[f"margin_{norm}"])
+        ax.plot(x, middle, label=mathtext(label), **look(index))
+        if len(run) > 1:
+            ax.fill_between(x, low, high, color=look(index)["color"], alpha=0.18, linewidth=0)
+        if index == 0:
+            right = x > 0
+            x, middle = x[right], middle[right]
+    ax.set(xscale="log", yscale="log")
+    if slope is not None:
+        start = len(x) // 2
+        ax.plot(
+            x[start:], middle[start] * (x[start:] / x[start]) ** slope, ":", color="0.4", label=f"slope ${slope:g}$"
+        )
+    if bound is not None:
+        ax.plot(x, bound / x, "-", color="0.7", label=f"{bound:.3g}/x", zorder=0)
+    ax.set_xlabel(r"logarithm of flow time, $\log t$" if against == "log_time" else AXES[against])
+    ax.set_ylabel(rf"margin gap $\gamma^* - \gamma$, weights in ${NORMS.get(norm, '|w|')}$")
+    return ax
+
+
+def certificate(runs: Runs, *, ax: Axes | None = None) -> Axes:
+    """The certificates of runs on one logarithmic axis, a row for each run and a point for each trajectory.
+
+    All numbers are relative and small where a run can be trusted: the energy residual, the largest fall of the soft
+    margin, 1 − α, and what rounding leaves of the softmax weights. Zeros are drawn at the left edge.
+    """
+    ax = ax or fresh_axes()
+    rows = list(named(runs).items())
+    for place, (_, run) in enumerate(rows):
+        found = run.certificate
+        numbers = (np.abs(found.energy), found.fall, 1 - found.alignment, 10.0**-found.digits)
+        for index, (value, (marker, label)) in enumerate(zip(numbers, _CERTIFIED.items(), strict=True)):
+            known = value[np.isfinite(value)]
+            height = np.full(known.shape, len(rows) - 1 - place + 0.12 * (1.5 - index))
+            shown = {"label": label if place == 0 else None, "color": look(index)["color"], "alpha": 0.8}
+            ax.plot(np.maximum(known, _ZERO), height, marker, markersize=4, linestyle="none", **shown)
+    ax.set_xscale("log")
+    ax.set_xlim(_ZERO / 3, 30)
+    ax.set_yticks(range(len(rows)), [mathtext(label) for label, _ in reversed(rows)])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set_xlabel("relative size; 0 at the left edge")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return ax
+
+
+_CERTIFIED = {
+    "o": "energy residual",
+    "s": "largest fall of the soft margin",
+    "^": r"$1 - \alpha$",
+    "d": "rounding of the softmax weights",
+}
+_ZERO = 1e-17
 
 
 def overview(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figure:
@@ -118,8 +204,25 @@ def overview(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Fi
         loss(runs, against=against, ax=axes[1, 1])
         for ax in axes[0]:
             ax.set_xlabel("")
-        handles = [*_legend(runs), *_key()]
+        handles = [*legend(runs), *key()]
         fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return fig
+
+
+def trust(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figure:
+    """1 − α in ℓ1, ℓ2 and ℓ∞ and the energy residual, side by side, and the certificates below."""
+    with style():
+        fig = plt.figure(figsize=(6.75, 5.4 + 0.35 * len(runs)), layout="constrained")
+        parts: Any = fig.subfigures(2, 1, height_ratios=[5.4, 0.7 + 0.35 * len(runs)])
+        upper, lower = parts
+        axes = upper.subplots(2, 2, sharex=True)
+        for ax, norm in zip(axes.flat, ("l1", "l2", "linf"), strict=False):
+            alignment(runs, norm, against=against, ax=ax)
+        energy(runs, against=against, ax=axes[1, 1])
+        for ax in axes[0]:
+            ax.set_xlabel("")
+        upper.legend(handles=[*legend(runs), *key()], loc="outside lower center", ncols=2, frameon=False)
+        certificate(runs, ax=lower.subplots())
     return fig
 
 
@@ -149,157 +252,3 @@ def _write_csv(runs: Mapping[str, Trajectory], path: Path) -> None:
                 for k in range(run["lam"].shape[0]):
                     row = [run[n][k, b] if n in run else np.nan for n in names]
                     writer.writerow([label, b, k, *(f"{v:.12g}" for v in row)])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Curves
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _named(runs: Runs) -> Mapping[str, Trajectory]:
-    return {runs.label: runs} if isinstance(runs, Trajectory) else runs
-
-
-def _look(index: int) -> dict[str, Any]:
-    colours = mpl.color_sequences["petroff10"]
-    return {"color": colours[index % len(colours)], "linestyle": _DASHES[index % len(_DASHES)]}
-
-
-def _curves(
-    runs: Runs,
-    name: str,
-    against: str,
-    ax: Axes | None,
-    transform: Callable[[np.ndarray], np.ndarray] = lambda y: y,
-) -> Axes:
-    if against not in _AXES:
-        raise ValueError(f"plots: got against={against!r}, expected one of {', '.join(_AXES)}")
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
-    for index, (label, run) in enumerate(_named(runs).items()):
-        look = _look(index)
-        x, low, middle, high = bands(position(run, against), transform(run[name]))
-        ax.plot(x, middle, label=_mathtext(label), **look)
-        if len(run) > 1:
-            ax.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-        for marker, moment in (("o", separation(run, against)), ("^", crossing(run, against))):
-            if np.isfinite(moment):
-                height = np.interp(moment, x, middle)
-                ax.plot(
-                    moment,
-                    height,
-                    marker,
-                    color=look["color"],
-                    markersize=4,
-                    markeredgecolor="white",
-                    zorder=3,
-                )
-    if against == "log_time":
-        _wide(ax, "x", _power_of_ten)
-    elif against == "lam":
-        _wide(ax, "x", _plain)
-    elif against == "steps":
-        ax.set_xscale("log")
-    ax.set_xlabel(_AXES[against])
-    return ax
-
-
-def position(run: Trajectory, against: str) -> np.ndarray:
-    """The horizontal coordinate ``(K, B)``: a reading, for time its decimal logarithm."""
-    x = run[against]
-    return x / np.log(10) if against == "log_time" else x
-
-
-def bands(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Grid, 10th percentile, median and 90th percentile over trajectories of y(x), both ``(K, B)``.
-
-    Trajectories pass their save points at different x, so each is first read at the median positions; the result
-    covers the x that all trajectories which go on to the end of the curve have reached.
-    """
-    finite = np.isfinite(x) & np.isfinite(y)
-    usable = finite.all(1)
-    if not usable.any():
-        nothing = np.full(1, np.nan)
-        return nothing, nothing, nothing, nothing
-    grid = np.sort(np.median(x[usable], axis=1))
-    read = []
-    for b in range(x.shape[1]):
-        order = np.argsort(x[finite[:, b], b], kind="stable")
-        xs, ys = x[finite[:, b], b][order], y[finite[:, b], b][order]
-        read.append(np.interp(grid, xs, ys))
-    low, middle, high = np.quantile(np.array(read), [0.1, 0.5, 0.9], axis=0)
-    return grid, low, middle, high
-
-
-def crossing(run: Trajectory, against: str = "log_time") -> float:
-    """Median over trajectories of the coordinate where Λ first exceeds 0 (t₀), by interpolation; NaN if never."""
-    return _first(position(run, against), run["lam"])
-
-
-def separation(run: Trajectory, against: str = "log_time") -> float:
-    """Median over trajectories of the first save point at which every training example is classified."""
-    if "accuracy" not in run:
-        return np.nan
-    x, right = position(run, against), run["accuracy"] >= 1
-    found = [x[right[:, b].argmax(), b] if right[:, b].any() else np.nan for b in range(len(run))]
-    return float(np.median(found))
-
-
-def _first(x: np.ndarray, level: np.ndarray) -> float:
-    found = []
-    for b in range(x.shape[1]):
-        above = np.nonzero(level[:, b] > 0)[0]
-        k = above[0] if above.size else -1
-        if k <= 0 or not np.isfinite(x[k - 1, b]):
-            found.append(x[k, b] if k >= 0 else np.nan)
-        else:
-            share = -level[k - 1, b] / (level[k, b] - level[k - 1, b])
-            found.append(x[k - 1, b] + share * (x[k, b] - x[k - 1, b]))
-    return float(np.median(found))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Axes
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _wide(ax: Axes, which: str, words: Callable[[float], str]) -> None:
-    """An axis that is linear near 0 and logarithmic far out, on both sides."""
-    set_scale, axis = (ax.set_xscale, ax.xaxis) if which == "x" else (ax.set_yscale, ax.yaxis)
-    set_scale("asinh", linear_width=3)
-    axis.set_major_locator(FixedLocator(_TICKS))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
-    axis.set_minor_locator(NullLocator())
-
-
-def _power_of_ten(exponent: float) -> str:
-    return f"$10^{{{exponent:.0f}}}$"
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.0f}".replace(",", "\u2009")
-
-
-def _degree(runs: Runs) -> str:
-    degrees = {run.provenance.get("objective", {}).get("degree") for run in _named(runs).values()}
-    return f"{degrees.pop():g}" if len(degrees) == 1 and None not in degrees else "L"
-
-
-def _legend(runs: Runs) -> list[Artist]:
-    return [Line2D([], [], label=_mathtext(label), **_look(i)) for i, label in enumerate(_named(runs))]
-
-
-def _key() -> list[Artist]:
-    """What marks and bands mean."""
-    plain: dict[str, Any] = {"color": "0.4", "linestyle": "none", "markersize": 4}
-    return [
-        Line2D([], [], marker="o", label="training accuracy 1", **plain),
-        Line2D([], [], marker="^", label=r"$t_0$: first $\Lambda > 0$", **plain),
-        Patch(color="0.4", alpha=0.18, linewidth=0, label="10th to 90th percentile over seeds"),
-    ]
-
-
-def _mathtext(label: str) -> str:
-    """A plain label as matplotlib sets it: ℓ2 becomes ℓ with a subscript."""
-    label = re.sub(r"ℓ(∞|[\d.]*\d)", lambda m: rf"$\ell_{{{m[1].replace('∞', chr(92) + 'infty')}}}$", label)
-    return label.replace("ΔΛ", r"$\Delta\Lambda$")

@@ -93,16 +93,14 @@ class Segment:
     def multipliers(self, u: Float[Tensor, " B"]) -> Float[Tensor, "B K"] | None:
         """Multipliers of kinks inside the step; exact at both ends.
 
-        Linear for a pair that slides at both ends, constant for one that both ends show on the same side. NaN for
-        the others, which begin or cease to slide or cross: they are not known to be on a kink, and the sign of z
-        decides.
+        Linear in u, also for a pair that begins or ceases to slide in the step: when is not known. NaN for one that
+        crosses, for which the sign of z decides.
         """
         a, b = self.multipliers0, self.multipliers1
         if a is None or b is None:
             return None
         part = u.to(a)[:, None]
-        slides = (torch.minimum(a, b) > 0) & (torch.maximum(a, b) < 1)
-        inner = torch.where(slides | (a == b), a + part * (b - a), torch.nan)
+        inner = torch.where((a - b).abs() == 1, torch.nan, a + part * (b - a))
         return torch.where(part <= 0, a, torch.where(part >= 1, b, inner))
 
     def reading(self, name: str, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

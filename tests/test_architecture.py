@@ -63,6 +63,8 @@ ORDER = [
     "diagnostics",
     "branches",
     "limits",
+    "curves",
+    "portraits",
     "plots",
     "experiment",
     "cli",

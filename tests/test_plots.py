@@ -30,7 +30,7 @@ def runs():
     return {k: fs.simulate(problem, r, w0, until=fs.lam(400, saves=30), observe=observe) for k, r in rules.items()}
 
 
-@pytest.mark.parametrize("draw", [plots.margins, plots.loss, plots.norms, plots.alignment])
+@pytest.mark.parametrize("draw", [plots.margins, plots.loss, plots.norms, plots.alignment, plots.energy])
 @pytest.mark.parametrize("against", ["log_time", "lam", "steps", "arclength", "relative"])
 def test_every_plot_returns_the_axes_it_was_given_with_a_curve_for_each_run(runs, draw, against):
     ax = plt.subplots()[1]
@@ -116,3 +116,95 @@ def test_saved_figures_are_vector_pixel_and_data_and_repeat_to_the_byte(runs, tm
     rows = first[2].read_text().splitlines()
     assert rows[0].startswith("run,trajectory,save,steps,lam")
     assert len(rows) == 1 + 2 * 3 * 30
+
+
+# Figures of convergence and of trust
+
+
+@pytest.fixture(scope="module")
+def flow():
+    problem, w0 = fs.data.peers_net(5, 10, 10, seed=0)
+    observe = fs.diagnostics.kkt(fs.L2(), best=True) | {"margin_l2": fs.diagnostics.margin(fs.L2())}
+    rule = fs.SteepestFlow(fs.L2(), rtol=1e-2)
+    return problem, fs.simulate(problem, rule, w0, until=fs.lam(30.0, saves=20), observe=observe)
+
+
+def test_the_energy_residual_is_that_of_the_readings(runs):
+    one = runs["ℓ∞ small"].select(0)
+    ax = plots.energy(one, against="lam")
+    risen, spent = (one[name][-1, 0] - one[name][0, 0] for name in ("lam", "dissipated"))
+    assert ax.lines[0].get_ydata()[-1] == pytest.approx(abs(spent / risen - 1))
+
+
+@pytest.mark.parametrize("against", ["lam", "arclength", "log_time"])
+def test_the_gap_is_logarithmic_with_guide_and_bound(runs, against):
+    one = runs["ℓ2 small"].select(0)
+    best = 1.1 * one["margin_l2"].max()
+    ax = plots.gap(one, best, against=against, slope=-2.0, bound=3.0)
+    curve, guide, line = (line.get_data() for line in ax.lines)
+    assert curve[1][-1] == pytest.approx(best - one["margin_l2"][-1, 0])
+    assert np.diff(np.log(guide[1])) / np.diff(np.log(guide[0])) == pytest.approx(-2.0)
+    assert line[0] * line[1] == pytest.approx(3.0)
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+def test_the_certificate_has_a_row_for_each_run_and_a_point_for_each_trajectory(runs):
+    ax = plots.certificate(runs)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [r"$\ell_{\infty}$ small", r"$\ell_{2}$ small"]
+    assert len(ax.lines) == 4 * len(runs)
+    found = runs["ℓ2 small"].certificate
+    assert ax.lines[0].get_xdata() == pytest.approx(np.abs(found.energy))
+    assert ax.lines[2].get_xdata() == pytest.approx(1 - found.alignment)
+    assert all(len(line.get_xdata()) == 3 for line in ax.lines)
+
+
+def test_trust_is_one_figure_that_repeats_to_the_byte(runs, tmp_path):
+    one, other = (plots.save(plots.trust(runs), tmp_path / name) for name in "ab")
+    assert [p.suffix for p in one] == [".pdf", ".png"]
+    assert one[0].read_bytes() == other[0].read_bytes()
+
+
+def test_kkt_residuals_are_drawn_as_observed(flow):
+    _, run = flow
+    ax = plots.kkt(run)
+    assert ax.lines[0].get_ydata() == pytest.approx(1 - run["alignment_l2"][:, 0])
+    assert [line.get_ydata()[-1] for line in ax.lines[1:]] == pytest.approx(
+        [run["residual_l2"][-1, 0], run["slackness_l2"][-1, 0]]
+    )
+    assert len(ax.collections) == 1  # the band of the best multipliers
+
+
+def test_multipliers_of_support_vectors_are_in_colour(flow):
+    problem, run = flow
+    ax = plots.multipliers(run)
+    last = run["multipliers_l2"][-1, 0]
+    assert len(ax.lines) == problem.examples
+    coloured = [line for line in ax.lines if line.get_color() != "0.75"]
+    assert len(coloured) == (last >= 0.1 * last.max()).sum()
+    assert ax.lines[0].get_ydata()[-1] == last.max()
+
+
+def test_the_curve_over_tolerances_falls(flow):
+    problem, run = flow
+    ax = plots.residuals(fs.diagnostics.Stationarity.of(problem, run.final, fs.Linf()))
+    curve = ax.lines[0].get_ydata()
+    assert (np.diff(curve) <= 1e-9).all()
+    assert curve[0] > 0.5
+
+
+def test_neurons_of_a_net_in_the_plane():
+    x = np.array([[1.0, 0.2], [-1.0, 0.3], [0.1, -1.0]])
+    problem = fs.Problem(fs.MLP([2, 3, 1]), x, [1, 1, -1], fs.exponential)
+    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-2), problem.net.init(0), until=fs.lam(3.0, saves=9))
+    ax = plots.neurons(problem, run)
+    paths = [line for line in ax.lines if line.get_linestyle() == "-"]
+    assert len(paths) == 3
+    w = run.weights[-1, 0]
+    ends = np.abs(w[6:])[:, None] * w[:6].reshape(3, 2)
+    drawn = np.array([np.array(line.get_data())[:, -1] for line in paths])
+    assert drawn == pytest.approx(ends / np.linalg.norm(ends, axis=1).max())
+    with pytest.raises(ValueError, match="without weights"):
+        plots.neurons(problem, replace(run, weights=None))
+    wide = fs.Problem(fs.MLP([3, 2, 1]), np.ones((2, 3)), [1, 1], fs.exponential)
+    with pytest.raises(ValueError, match=r"expected MLP\(\[2, m, 1\]\)"):
+        plots.neurons(wide, run)

@@ -227,11 +227,11 @@ def test_multipliers_are_exact_at_both_ends():
     assert torch.equal(s.multipliers(row(1, 1, 1)), s.multipliers1)
 
 
-def test_multipliers_inside_are_known_where_both_ends_agree_and_else_nan():
+def test_multipliers_inside_are_linear_and_nan_where_a_pair_crosses():
     nan = torch.nan
     expected = [
-        row(0.3, 0.3, 0.0, 1.0, nan, nan, nan),
-        row(0.5, 0.3, 0.0, 1.0, nan, nan, nan),
+        row(0.3, 0.3, 0.0, 1.0, 0.125, 0.775, nan),
+        row(0.5, 0.3, 0.0, 1.0, 0.375, 0.925, nan),
         kinked().multipliers1[0],
     ]
     found = kinked().multipliers(row(0.25, 0.75, 1.0))
