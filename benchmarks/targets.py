@@ -174,12 +174,18 @@ TARGETS = [
         for rtol in (1e-3, 1e-5)
     ),
     Target("paper's size", "CPU seconds a step in the first steps, d = 232, width 1024, n = 250", 2, papers_size),
+    Target(
+        "diagnostics",
+        "standard diagnostics and certificates at 100 saves over the rest of the demo, CPU time",
+        0.2,
+        lambda tables: [row["share"] for row in tables["04_diagnostics"] if row["rule"] == "all of the demo"],
+    ),
     Target("width", "steps to mean loss 1e-10, largest width over 64", 1.5, wider),
 ]
 
 
 def main() -> None:
-    names = ("02_l2_relu_net", "02_width", "03_linear_models")
+    names = ("02_l2_relu_net", "02_width", "03_linear_models", "04_diagnostics")
     tables = {name: read(RESULTS / f"{name}.csv") for name in names if (RESULTS / f"{name}.csv").exists()}
     every = [row for rows in tables.values() for row in rows]
     settled = [row for row in at(tables["02_l2_relu_net"]) if row["milestone"] in LEVELS[:2]]

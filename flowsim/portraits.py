@@ -110,8 +110,8 @@ def neurons(problem: Problem, run: Trajectory, *, trajectory: int = 0, ax: Axes 
 
 def _decision(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) -> None:
     """Where the net's output changes its sign."""
-    grid = torch.linspace(-reach, reach, 201, dtype=torch.float64)
+    grid = torch.linspace(-reach, reach, 121, dtype=torch.float64)
     points = torch.cartesian_prod(grid, grid)
-    f = problem.net.select(torch.tensor([0])).outputs(w, points)[0, :, 0].view(201, 201).mT.numpy()
+    f = problem.net.select(torch.tensor([0])).outputs(w, points)[0, :, 0].view(121, 121).mT.numpy()
     ax.contourf(grid, grid, np.sign(f), levels=[-1.5, 0, 1.5], colors=["#dce8f5", "#fdeedd"], zorder=0)
     ax.contour(grid, grid, f, levels=[0.0], colors="0.3", linewidths=0.8)
