@@ -88,6 +88,12 @@ class Certificate:
         numbers = {n: np.array([np.nan if v is None else v for v in record[n]]) for n in Certificate.names()}
         return Certificate(**numbers, reasons=tuple(record["reasons"]))
 
+    @staticmethod
+    def unknown(trajectories: int, why: str) -> "Certificate":
+        """No number at all, for one reason."""
+        nothing = {name: np.full(trajectories, np.nan) for name in Certificate.names()}
+        return Certificate(**nothing, reasons=(dict.fromkeys(nothing, why),) * trajectories)
+
     @property
     def verdict(self) -> str:
         """The worst of all trajectories in a sentence."""

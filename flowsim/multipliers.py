@@ -109,7 +109,7 @@ class _Gradients:
         net = problem.two_layer(1)
         point = net.at(state.w)
         example = cotangents.abs().amax(-1).argmax(-1)  # each margin belongs to one
-        c, x = cotangents[torch.arange(len(example)), example], net.x[0, example]
+        c, x = cotangents[torch.arange(len(example), device=q.device), example], net.x[0, example]
         D = net.spread(sides.view_as(point.z))[0, example]
         pull_back = c @ point.last[0]  # (A, m)
         last = c[:, :, None] * point.hidden[0, example][:, None, :]
@@ -161,7 +161,7 @@ def _by_vertices(sets: _Gradients, norm: Norm, tol: float, rounds: int) -> tuple
             break
         new, used = sets.lowest(u), torch.from_numpy(found.p > 0)
         better = (new @ u) < found.bound * (1 - tol)
-        rows, owner = torch.cat([rows[used], new[better]]), torch.cat([owner[used], better.nonzero()[:, 0]])
+        rows, owner = torch.cat([rows[used], new[better]]), torch.cat([owner[used], better.nonzero()[:, 0].cpu()])
     return p, found.bound, bound
 
 

@@ -135,14 +135,16 @@ def load(directory: str | Path) -> Trajectory:
         groups = {name: group for name, group in file.items() if isinstance(group, h5py.Group)}
         values = {name: data[()] for name, data in file.items() if name not in groups and not data.is_scale}
         events = {name: {k: v[()] for k, v in found.items()} for name, found in groups.get(_EVENTS, {}).items()}
+    final = load_state(path)
+    known = record.get("certificate")
     return Trajectory(
         values=values,
         weights=values.pop("weights", None),
-        final=load_state(path),
+        final=final,
         label=record["label"],
         clock=record["clock"],
         provenance=record["provenance"],
-        certificate=Certificate.read(record["certificate"]),
+        certificate=Certificate.read(known) if known else Certificate.unknown(len(final.w), "saved without one"),
         events=events,
     )
 

@@ -148,6 +148,16 @@ def test_it_is_saved_with_the_run_and_selected_with_it(flow, tmp_path):
     assert one.reasons == (both.certificate.reasons[1],)
 
 
+def test_a_run_that_was_saved_without_one_still_loads(flow, tmp_path):
+    path = flow.save(tmp_path) / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["certificate"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    found = fs.load(tmp_path).certificate
+    assert found.verdict.startswith("saved without one")
+    assert all(np.isnan(getattr(found, name)).all() for name in found.names())
+
+
 def test_nan_survives_the_record():
     numbers = {name: np.array([np.nan, 1.0]) for name in Certificate.names()}
     found = Certificate(**numbers, reasons=({"energy": "none"}, {}))
