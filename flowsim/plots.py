@@ -114,7 +114,7 @@ def energy(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> 
     """The energy residual |∫‖h‖_* ds/ΔΛ − 1| from the first save on, as the method has summed it: 0 along a flow."""
     ax = curves(runs, _energy, against, ax, marks=False)
     ax.set_yscale("log", nonpositive="mask")
-    ax.set_ylabel(r"energy residual $|\int \|h\|_*\,ds\,/\,\Delta\Lambda - 1|$")
+    ax.set_ylabel("energy residual")
     return ax
 
 

@@ -123,6 +123,18 @@ def test_the_gradient_that_autograd_takes_fails_where_the_flow_slides():
     assert float(1 - alpha[0]) > 5 * float(1 - alpha[1])
 
 
+def test_a_wide_net_balances_its_energy_by_the_selected_gradient_and_not_by_autograds():
+    problem, w0 = fs.data.peers_net(d=20, width=64, n=50, seed=0)
+    observe = {"dual_l2": fs.diagnostics.dual(fs.L2()), "autograd": lambda p, s: p.ascent(s.w)[1].norm(dim=-1)}
+    times = np.geomspace(3, 30, 150)
+    run = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-3), w0, until=fs.time(times), observe=observe)
+    assert run["tally_sliding"][1:].min() > 150
+    late = {name: value[1:] for name, value in run.values.items()}
+    assert worst(identities.energy(replace(run, values=late), fs.L2())) < 1e-3
+    wrong = identities.energy(replace(run, values=late | {"dual_l2": late["autograd"]}), fs.L2())
+    assert wrong.residual[-1, 0] > 0.5
+
+
 def test_identities_of_the_gradient_fail_in_another_norm_than_that_of_the_path():
     """What is not a flow in ℓ∞ breaks the inequality between α and the growth of the margin."""
     observe = fs.diagnostics.standard(SMOOTH, norms=[fs.L2(), fs.Linf()])
