@@ -39,6 +39,27 @@ def test_one_neuron_is_a_kkt_point_whether_it_is_the_best_or_not(norm, a):
         assert best.p[0].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("a", [0.2, 1.0])
+def test_that_kkt_point_is_a_local_optimum_in_l1_and_in_l2_only_for_flat_data(a):
+    """In ℓ2 a second neuron pays at once where a < 1/√3."""
+    problem, state = two_neurons(a)
+    generator = torch.Generator().manual_seed(0)
+    draw = (
+        torch.randn(40_000, 6, generator=generator).double()
+        * torch.rand(40_000, 6, generator=generator).double() ** 4
+    )
+
+    def gain(norm):
+        margins = [
+            problem.margins(state.w + eps * draw).amin(-1) / norm.value(state.w + eps * draw) ** 2
+            for eps in (0.0, 0.1, 0.01)
+        ]
+        return float(torch.cat(margins[1:]).amax() - margins[0][0])
+
+    assert gain(fs.L1()) < 0
+    assert (gain(fs.L2()) > 1e-4) == (a < 3**-0.5)
+
+
 @each
 def test_a_tilted_neuron_is_not_stationary(norm):
     problem, state = two_neurons(0.25, tilt=0.05)
