@@ -129,7 +129,7 @@ def residual(norm: Norm, tol: float = 0.0) -> Diagnostic:
 
 @dataclass(frozen=True)
 class Stationarity:
-    """The KKT conditions of max-margin at a state: w̃, λ and Γ, and what they miss. NaN where q_min ≤ 0.
+    """The KKT conditions of max-margin at a state: w̃, λ and Γ, and what they miss. All but α are NaN where q_min ≤ 0.
 
     ``w (B, P)`` is w̃, ``force (B, P)`` is Γ, ``multipliers (B, M)`` are the λ, and ``q (B, M)`` the margins at w̃, the
     least of which is one. ``alignment`` is α and ``size`` is ‖w̃‖ = γ^{−1/L}, each ``(B,)``.

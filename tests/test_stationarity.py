@@ -145,6 +145,15 @@ def test_what_is_not_separated_has_no_multipliers():
         Stationarity.of(problem, both, fs.L2()).nearby()
 
 
+@pytest.mark.parametrize("norm", [*NORMS, *MATRIX], ids=lambda n: n.name)
+def test_in_every_norm_only_what_is_separated_has_a_residual(norm, slid):
+    """A net that has separated the data, its start, which has not, and zero weights, in one batch."""
+    three = fresh(NET, torch.cat([slid.w, W0, torch.zeros_like(W0)]))
+    at = Stationarity.of(NET, three, norm)
+    for value in (*at.residual(0.01), at.divergence, at.slack, at.size):
+        assert torch.isnan(value).tolist() == [False, True, True]
+
+
 def test_a_regression_has_no_margins():
     problem = fs.Problem(fs.Linear(2), [[1.0, 0.0]], [0.5], fs.squared)
     with pytest.raises(ValueError, match="squared loss, which has no margins; try"):
