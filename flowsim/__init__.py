@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from flowsim.simulation import SimulationError, simulate
     from flowsim.sliding import KinkImplicit
     from flowsim.state import State, Status
+    from flowsim.switching import Switch
     from flowsim.trajectory import Trajectory, load
     from flowsim.velocity import select
 
@@ -99,6 +100,7 @@ _HOME = {
     "simulation": ["SimulationError", "simulate"],
     "sliding": ["KinkImplicit"],
     "state": ["State", "Status"],
+    "switching": ["Switch"],
     "trajectory": ["Trajectory", "load"],
     "velocity": ["select"],
 }

@@ -153,7 +153,7 @@ class State:
     tallies: dict[str, Float[Tensor, " B"]]
     status: Int[Tensor, " B"]
     step_size: Float[Tensor, " B"]
-    memory: dict[str, Tensor]
+    memory: dict[str, Any]
     multipliers: Tensor | None = None
     segment: Segment | None = None
 

@@ -52,6 +52,7 @@ ORDER = [
     "adaptive",
     "constraints",
     "events",
+    "switching",
     "margins",
     "stationarity",
     "multipliers",
