@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flowsim.certificate import Certificate
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.constraints import frank_wolfe_gap
-    from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, SmallStep, SteepestDescent
+    from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, Signum, SmallStep, SteepestDescent
     from flowsim.events import Event
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flowsim.limits import SmallStepLimit, gain_ratio, small_step_limit
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+    from flowsim.momentum import Average, HeavyBall, Nesterov
     from flowsim.movement import MinimisingMovement
     from flowsim.nets import (
         MLP,
@@ -59,7 +60,7 @@ _HOME = {
     "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],
     "constraints": ["frank_wolfe_gap"],
-    "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "SmallStep", "SteepestDescent"],
+    "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "Signum", "SmallStep", "SteepestDescent"],
     "events": ["Event"],
     "experiment": ["Experiment"],
     "flow": ["SteepestFlow"],
@@ -89,6 +90,7 @@ _HOME = {
     ],
     "norms": ["Frobenius", "L1", "L2", "Linf", "Lp", "Mahalanobis"],
     "matrix_norms": ["Nuclear", "Schatten", "Spectral"],
+    "momentum": ["Average", "HeavyBall", "Nesterov"],
     "block_norms": ["Euclidean", "Max", "Sum", "modular"],
     "movement": ["MinimisingMovement"],
     "odeint": ["TorchDiffEq"],

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from flowsim.discrete import Discrete, Step, take
 from flowsim.frames import Frame, no_frame
 from flowsim.norms import Linf, Norm
 from flowsim.problem import Objective
-from flowsim.schedules import LearningRate, Schedule, as_schedule
+from flowsim.schedules import LearningRate, Schedule, as_schedule, require_not_negative, require_share
 from flowsim.state import State
 
 
@@ -146,17 +145,3 @@ def RMSProp(lr: LearningRate = 1e-2, *, beta: float = 0.99, eps: float = 1e-8) -
 def AdaGrad(lr: LearningRate = 1e-2, *, eps: float = 1e-10) -> Adaptive:
     """w ← w − η g/(√Σg² + ε) (Duchi, Hazan & Singer 2011)."""
     return Adaptive(lr, (0.0, None), eps, 0.0, False, "AdaGrad")
-
-
-def require_share(rule: str, **options: Any) -> None:
-    """Raise where an option is not in [0, 1)."""
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{rule}: got {name}={value!r}, expected a number in [0, 1), try 0.9")
-
-
-def require_not_negative(rule: str, **options: Any) -> None:
-    """Raise where an option is not a finite number ≥ 0."""
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{rule}: got {name}={value!r}, expected a finite number ≥ 0")

@@ -160,3 +160,17 @@ def require_positive(rule: str, **options: Any) -> None:
     for name, value in options.items():
         if not _positive(value):
             raise ValueError(f"{rule}: got {name}={value!r}, expected a finite number > 0")
+
+
+def require_share(rule: str, **options: Any) -> None:
+    """Raise where an option is not in [0, 1)."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{rule}: got {name}={value!r}, expected a number in [0, 1), try 0.9")
+
+
+def require_not_negative(rule: str, **options: Any) -> None:
+    """Raise where an option is not a finite number ≥ 0."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{rule}: got {name}={value!r}, expected a finite number ≥ 0")
