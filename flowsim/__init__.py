@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
     from flowsim.momentum import Average, HeavyBall, Nesterov
+    from flowsim.muon import Muon, NewtonSchulz
     from flowsim.movement import MinimisingMovement
     from flowsim.nets import (
         MLP,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from flowsim.quadratics import PiecewiseQuadratic, Quadratic
     from flowsim.rosenbrock import ROS34PW2
     from flowsim.schedules import Decay, LossBased, PerStep
+    from flowsim.shampoo import Shampoo
     from flowsim.simulation import SimulationError, simulate
     from flowsim.sliding import KinkImplicit
     from flowsim.state import State, Status
@@ -91,6 +93,7 @@ _HOME = {
     "norms": ["Frobenius", "L1", "L2", "Linf", "Lp", "Mahalanobis"],
     "matrix_norms": ["Nuclear", "Schatten", "Spectral"],
     "momentum": ["Average", "HeavyBall", "Nesterov"],
+    "muon": ["Muon", "NewtonSchulz"],
     "block_norms": ["Euclidean", "Max", "Sum", "modular"],
     "movement": ["MinimisingMovement"],
     "odeint": ["TorchDiffEq"],
@@ -99,6 +102,7 @@ _HOME = {
     "quadratics": ["PiecewiseQuadratic", "Quadratic"],
     "rosenbrock": ["ROS34PW2"],
     "schedules": ["Decay", "LossBased", "PerStep"],
+    "shampoo": ["Shampoo"],
     "simulation": ["SimulationError", "simulate"],
     "sliding": ["KinkImplicit"],
     "state": ["State", "Status"],

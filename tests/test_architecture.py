@@ -51,6 +51,8 @@ ORDER = [
     "momentum",
     "descent",
     "adaptive",
+    "muon",
+    "shampoo",
     "constraints",
     "events",
     "switching",
