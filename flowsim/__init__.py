@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowsim.clocks import arclength, lam, steps, time
     from flowsim.constraints import frank_wolfe_gap
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, Signum, SmallStep, SteepestDescent
+    from flowsim.dissipation import Clipping, DissipationFlow, Huber, SmoothSign
     from flowsim.events import Event
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
@@ -63,6 +64,7 @@ _HOME = {
     "clocks": ["arclength", "lam", "steps", "time"],
     "constraints": ["frank_wolfe_gap"],
     "descent": ["CoordinateDescent", "GradientDescent", "SignDescent", "Signum", "SmallStep", "SteepestDescent"],
+    "dissipation": ["Clipping", "DissipationFlow", "Huber", "SmoothSign"],
     "events": ["Event"],
     "experiment": ["Experiment"],
     "flow": ["SteepestFlow"],

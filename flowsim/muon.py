@@ -57,9 +57,9 @@ class Muon(Discrete):
     """W_l ← (1 − ηλ)W_l − η·c_l·O_l, with O_l the polar factor UVᵀ of the block's average of gradients, for a vector
     the unit vector along it (Jordan et al. 2024): normalised steepest descent in the `modular` norm.
 
-    The average is `Nesterov`'s, or with ``nesterov=False`` a plain one. ``polar`` = None takes the exact factor, in
-    which singular values within rounding of zero are zero; `NewtonSchulz()` the one of practice. ``scales`` are c_l
-    by the blocks' names, 1 where not given, and ``decay`` is λ. Lengths are in the modular norm: with the exact factor
+    The average is `Nesterov`'s, or with ``nesterov=False`` a plain one. ``polar`` = None takes the exact factor,
+    in which singular values within rounding of zero are zero; `NewtonSchulz()` the one of practice. ``scales`` are
+    c_l by the blocks' names, 1 where not given, and ``decay`` is λ. Lengths are in the modular norm: with the exact factor
     and without decay the arclength is Σ η. t is the time that the flow in this norm takes for the path.
     """
 

@@ -30,9 +30,9 @@ class Shampoo(Discrete):
     normalised `Spectral` descent of each block.
 
     ε is in units of g², also where g underflows. With ε = 0 nothing moves along eigenvectors of L and R whose
-    eigenvalues are within rounding of 0, that is, singular values below 1e-8 of the largest; without accumulation only
-    those within rounding. Lengths are in the `modular` norm. t is Σ η, the time of the limit η → 0 for fixed β; for
-    sums it is Σ η^{1/(1 − 2p)}, so Σ η² for p = ¼.
+    eigenvalues are within rounding of 0, that is, singular values below 1e-8 of the largest; without accumulation
+    only those within rounding. Lengths are in the `modular` norm. t is Σ η, the time of the limit η → 0 for fixed β;
+    for sums it is Σ η^{1/(1 − 2p)}, so Σ η² for p = ¼.
     """
 
     lr: LearningRate

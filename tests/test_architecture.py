@@ -53,6 +53,7 @@ ORDER = [
     "adaptive",
     "muon",
     "shampoo",
+    "dissipation",
     "constraints",
     "events",
     "switching",
