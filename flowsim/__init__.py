@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from flowsim.events import Event
     from flowsim.experiment import Experiment
     from flowsim.flow import SteepestFlow
+    from flowsim.implicit import MinimisingMovement
     from flowsim.integrate import BOSH3, DOPRI5
     from flowsim.limits import SmallStepLimit, gain_ratio, small_step_limit
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
     from flowsim.momentum import Average, HeavyBall, Nesterov
     from flowsim.muon import Muon, NewtonSchulz
-    from flowsim.movement import MinimisingMovement
     from flowsim.nets import (
         MLP,
         Diagonal,
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from flowsim.velocity import select
 
 _HOME = {
-    "adaptive": ["AdaGrad", "Adam", "AdamW", "Adaptive", "RMSProp"],
     "certificate": ["Certificate"],
+    "adaptive": ["AdaGrad", "Adam", "AdamW", "Adaptive", "RMSProp"],
     "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],
     "constraints": ["frank_wolfe_gap"],
@@ -97,7 +97,7 @@ _HOME = {
     "momentum": ["Average", "HeavyBall", "Nesterov"],
     "muon": ["Muon", "NewtonSchulz"],
     "block_norms": ["Euclidean", "Max", "Sum", "modular"],
-    "movement": ["MinimisingMovement"],
+    "implicit": ["MinimisingMovement"],
     "odeint": ["TorchDiffEq"],
     "pieces": ["ExactPieces"],
     "problem": ["Problem"],

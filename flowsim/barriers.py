@@ -24,7 +24,7 @@ from torch import Tensor
 from flowsim import faces
 from flowsim.block_norms import Euclidean, Max, Sum
 from flowsim.matrix_norms import Nuclear, Schatten, Spectral
-from flowsim.norms import L1, Linf, Lp, Norm
+from flowsim.norms import L1, L2, Linf, Lp, Norm
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Smoothed:
 
 
 @dataclass(frozen=True)
-class _Curve:
+class Curve:
     """A symmetric function of numbers s: value, gradient ``slope``, Hessian diag(bend) + twist·along alongᵀ."""
 
     value: Tensor
@@ -62,7 +62,7 @@ def smoothed(norm: Norm, g: Float[Tensor, " P"], mu: float) -> Smoothed:
         return _quadratic(norm, g, mu)
     if isinstance(norm, Spectral | Nuclear | Schatten):
         return _singular(norm, g, mu)
-    curve = _curve(norm, g, mu)
+    curve = curved(norm, g, mu)
 
     def hessian(rows: Tensor) -> Tensor:
         return rows * curve.bend + curve.twist * (rows @ curve.along)[:, None] * curve.along
@@ -81,7 +81,11 @@ def _quadratic(norm: Norm, g: Tensor, mu: float) -> Smoothed:
     return Smoothed(value, v, lambda rows: (inverse(rows) - (rows @ v)[:, None] * v) / value)
 
 
-def _curve(norm: Norm, s: Tensor, mu: float) -> _Curve:
+def curved(norm: Norm, s: Tensor, mu: float) -> Curve:
+    """N_μ of a norm of numbers: ℓ1, ℓ2, ℓ∞ or ℓp."""
+    if isinstance(norm, L2):
+        length = torch.hypot(torch.linalg.vector_norm(s), s.new_tensor(mu))
+        return Curve(length, s / length, (1 / length).expand_as(s), -1 / length, s / length)
     if isinstance(norm, Linf):
         return _box(s, mu)
     if isinstance(norm, L1):
@@ -90,14 +94,14 @@ def _curve(norm: Norm, s: Tensor, mu: float) -> _Curve:
     return _power(s, mu, norm.q)
 
 
-def _box(s: Tensor, mu: float) -> _Curve:
+def _box(s: Tensor, mu: float) -> Curve:
     """Σ R − μ + μ log(2μ/(μ + R)), R = √(s² + μ²)."""
     r = torch.hypot(s, torch.full_like(s, mu))
     value = (r - mu - mu * torch.log((mu + r) / (2 * mu))).sum()
-    return _Curve(value, s / (mu + r), mu / (r * (mu + r)), s.new_zeros(()), torch.zeros_like(s))
+    return Curve(value, s / (mu + r), mu / (r * (mu + r)), s.new_zeros(()), torch.zeros_like(s))
 
 
-def _cross(s: Tensor, mu: float) -> _Curve:
+def _cross(s: Tensor, mu: float) -> Curve:
     """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
     size = s.abs()
     top = size.amax()
@@ -108,7 +112,7 @@ def _cross(s: Tensor, mu: float) -> _Curve:
     slope = mu * torch.sign(s) * (1 / near - 1 / far)
     bend = mu * (1 / near**2 + 1 / far**2)
     along = mu * torch.sign(s) * (1 / far**2 - 1 / near**2)
-    return _Curve(value, slope, bend, -1 / (bend.sum() + mu / tau**2), along)
+    return Curve(value, slope, bend, -1 / (bend.sum() + mu / tau**2), along)
 
 
 def _multiplier(gaps: Tensor, mu: float) -> Tensor:
@@ -127,7 +131,7 @@ def _multiplier(gaps: Tensor, mu: float) -> Tensor:
     return e
 
 
-def _power(s: Tensor, mu: float, q: float) -> _Curve:
+def _power(s: Tensor, mu: float, q: float) -> Curve:
     """(Σ y^q)^(1/q), y = √(s² + μ²)."""
     y = torch.hypot(s, torch.full_like(s, mu))
     top = y.amax()
@@ -135,13 +139,13 @@ def _power(s: Tensor, mu: float, q: float) -> _Curve:
     weight = (y / value) ** (q - 2) / value
     slope = weight * s
     bend = weight * (1 + (q - 2) * (s / y) ** 2)
-    return _Curve(value, slope, bend, (1 - q) / value, slope)
+    return Curve(value, slope, bend, (1 - q) / value, slope)
 
 
 def _singular(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
     assert norm.shape is not None
     u, s, v = faces.singular(g.view(norm.shape))
-    curve = _curve(norm.inner, s, mu)
+    curve = curved(norm.inner, s, mu)
 
     def hessian(rows: Tensor) -> Tensor:
         even, odd, edge = _quotients(s, curve, mu)
@@ -163,7 +167,7 @@ def _from_left(u: Tensor, x: Float[Tensor, "k m n"]) -> Tensor:
     return torch.tensordot(x, u, dims=([1], [1])).mT
 
 
-def _quotients(s: Tensor, curve: _Curve, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor, Tensor]:
     """(fᵢ − fⱼ)/(sᵢ − sⱼ), (fᵢ + fⱼ)/(sᵢ + sⱼ) and fᵢ/sᵢ, with f the slope.
 
     Rounding in them costs speed and no accuracy, as the Hessian only steers.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowsim.clocks import ARCLENGTH, Clock, Target
+from flowsim.implicit import MinimisingMovement
 from flowsim.integrate import DOPRI5, Field, Method, Solver
-from flowsim.movement import MinimisingMovement
 from flowsim.norms import Norm
 from flowsim.pieces import ExactPieces
 from flowsim.polytope import follows
@@ -70,7 +70,7 @@ class SteepestFlow:
 def suited(norm: Norm, objective: Objective) -> Method:
     """The method that follows the flow of this objective in this (bound) norm, from facts about both."""
     if objective.kinks:
-        return KinkImplicit()
+        return KinkImplicit() if norm.quadratic else MinimisingMovement()
     if objective.convex and follows(norm):
         return ExactPieces()
     if norm.quadratic:

@@ -10,8 +10,9 @@ import torch
 import flowsim as fs
 from flowsim.clocks import ARCLENGTH
 from flowsim.closed_forms import round_quadratic
+from flowsim.implicit import MinimisingMovement, implicit_step
 from flowsim.integrate import Field
-from flowsim.movement import MinimisingMovement, Mover, implicit_step
+from flowsim.movement import ConvexMover
 from flowsim.reference import margin_rows, max_margin
 
 METHOD = MinimisingMovement()
@@ -71,14 +72,14 @@ def walk(norm, problem, length, steps):
     """Fixed steps along an arclength from 0, and what ∫‖h‖_* ds lacks of the rise of the level."""
     norm = norm.bind(problem.layout)
     field, w = Field(norm, ARCLENGTH), start_at_zero(problem)
-    mover, duals = Mover(norm, problem, w), None
+    mover, guess = ConvexMover(norm, problem, w), None
     lam, h = problem.ascent(w)
     v = mover.move(w[0], 1e-5 * length, None).v
     at, gained = field.sample(problem, w, lam, h, v[None]), 0.0
     for _ in range(steps):
-        trial = implicit_step(field, mover, problem, w[0], at, length / steps, duals)
+        trial = implicit_step(field, mover, problem, w[0], at, length / steps, guess)
         gained += length / steps * float(trial.mean("dissipated", at))
-        w, duals, at = trial.w[None], trial.duals, trial.last
+        w, guess, at = trial.w[None], trial.end.guess, trial.last
     return w[0], gained - float(at.lam - lam)
 
 

@@ -1,0 +1,201 @@
+"""Minimising movements of two-layer nets with kinks, in norms whose steepest direction is not linear.
+
+The movement of arclength ε from w ends at w + εv, where v is steepest for an element of Clarke's gradient of Λ there.
+It is found by a sequence of convex programmes (`interior`), each a model of the net at the last guess: margins
+linearised but for the kinks that attract, whose hinges stay as they are, so that any number of kinks and coordinates
+may come to slide, or stop, in one movement. What is not convex is
+
+    kinks that repel       replaced by the side that the guess is on, which lies below them,
+    products of weights    linearised, less ½ Δᵀ C Δ with C the negative part of their curvature,
+
+so that a model also lies below Λ to second order, and each sweep gains.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.balls import ball
+from flowsim.interior import Iterate, Optimum, Programme, solve
+from flowsim.kinks import Point
+from flowsim.movement import Guess, Movement, linear_reading, touching
+from flowsim.norms import Norm
+from flowsim.problem import Problem
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A programme, and the length, gain and hinges that it is made of."""
+
+    programme: Programme
+    unit: float
+    live: Bool[Tensor, "N m"]
+
+
+class NetMover:
+    """Movements of one two-layer net. Dual variables are the slopes of all pairs (example, neuron)."""
+
+    finest: ClassVar[float] = 1e-7
+    trusted: ClassVar[float] = 1e-3
+
+    def __init__(self, norm: Norm, problem: Problem, w: Float[Tensor, "1 P"]) -> None:
+        self.norm, self.problem = norm, problem
+        self.net = problem.two_layer(1)
+        self._reach = _reach(norm, self.net.x[0], w.shape[1])
+        self._signs = _signs(problem, w)
+        rows, examples = len(self._signs), self.net.x.shape[1]
+        of = torch.arange(rows, device=w.device) // (rows // examples)
+        self._of, self._share = self.net.representative[0][of], self.net.coefficient[0][of]
+        self._own = of
+
+    @property
+    def duals(self) -> int:
+        return self.net.x.shape[1] * self.net.width
+
+    def move(self, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float = 1e-9) -> Movement:
+        z0 = self.net.at(w[None]).z[0]
+        v = torch.zeros_like(w) if guess is None else guess.v
+        given = (z0 > 0).to(w) if guess is None else guess.duals.view_as(z0)
+        best, iterate, newton = None, None, 0
+        asked: list[Tensor] = []
+        given_back: list[Tensor] = []
+        for _ in range(12):
+            model = self._model(w, z0, eps, v, given)
+            if model is None:
+                break
+            aim = 1e-3 if best is None else max(0.1 * tol, 1e-3 * best.gap)
+            found = self._solve(model, aim, iterate)
+            iterate, newton = found.iterate, newton + found.newton
+            ended = self._ended(w, eps, model, found, newton)
+            best = ended if best is None or ended.gap < best.gap else best
+            if best.gap <= tol:
+                break
+            asked, given_back = [*asked[-3:], v], [*given_back[-3:], ended.v]
+            v, given = _extrapolated(asked, given_back), ended.duals.view_as(z0)
+        return self._unmoved(w, given) if best is None else replace(best, newton=newton)
+
+    def _unmoved(self, w: Tensor, given: Tensor) -> Movement:
+        point = self.net.at(w[None])
+        h = point.gradient(point.slopes(given[None]))[0]
+        gap = 0.0 if float(self.norm.dual(h)) == 0 else math.inf
+        return Movement(w, torch.zeros_like(w), given.flatten(), gap, 0.0, point.lam[0], h, given.flatten())
+
+    def _solve(self, model: _Model, tol: float, start: Iterate | None) -> Optimum:
+        """The optimum of a model, begun anew where an old iterate leads nowhere."""
+        found = solve(model.programme, self.norm, lambda g, mu: ball(self.norm, g, mu), tol, start)
+        if found.gap > tol and start is not None:
+            return self._solve(model, tol, None)
+        return found
+
+    def _model(self, w: Tensor, z0: Tensor, eps: float, v: Tensor, given: Tensor) -> _Model | None:
+        """The programme at the guess w + εv, in units of the gain that its gradient promises."""
+        net, leak = self.net, self.net.leak
+        point = net.at((w + eps * v)[None])
+        live = (point.jump[0] < 0) & net.distinct[0] & (z0.abs() <= 1.001 * eps * self._reach[:, None])
+        sides = self._sides(point, given, live)
+        slopes = point.slopes(sides[None])
+        h = point.gradient(slopes)[0]
+        unit = eps * float(self.norm.dual(h))
+        if not 0 < unit < math.inf:
+            return None
+        scale, offset = touching(self.problem.loss, point.outputs, net.y)
+        signs = scale[:, None] * self._signs
+        pull = signs @ point.last[0]
+        kinked, share = live[self._of], self._share[:, None]
+        bent = leak * share + (1 - leak) * share.clamp_max(0)
+        slope = torch.where(kinked, pull * bent, pull * share * slopes[0][self._own])
+        kinks = torch.where(kinked, -(1 - leak) * pull * share.abs(), 0.0)
+        ends = torch.einsum("rc,rm->mcr", signs, point.hidden[0][self._own])
+        curb = (eps * eps / unit) * _curb(self._products(point, slopes), self._blocked(v))
+        programme = Programme(
+            x=net.x[0],
+            of=self._of,
+            slope=slope.mT * (eps / unit),
+            ends=ends * (eps / unit),
+            kinks=kinks.mT * (eps / unit),
+            live=live.mT,
+            z=z0.mT / eps,
+            offset=torch.zeros_like(offset),
+            temperature=1 / unit,
+            curb=curb,
+            centre=w.new_zeros(net.width, curb.shape[1]),
+        )
+        centre = self._blocked(v)
+        hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / eps
+        offset = offset / unit - programme.rows(centre) + programme.taken(hinges)
+        programme = replace(programme, offset=offset - offset.amin(), centre=centre)
+        return _Model(programme, unit, live)
+
+    def _blocked(self, v: Float[Tensor, " P"]) -> Float[Tensor, "m D"]:
+        m, d = self.net.width, self.net.x.shape[2]
+        return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)
+
+    def _sides(self, point: Point, given: Tensor, live: Tensor) -> Float[Tensor, "N m"]:
+        """Multipliers at a guess: of hinges as they are; a kink that repels is let go to its nearer side."""
+        between = (given > 0) & (given < 1)
+        released = between & (point.jump[0] >= 0)
+        sides = torch.where(released, (given >= 0.5).to(given), (point.z[0] > 0).to(given))
+        return torch.where(live, given, sides)
+
+    def _products(self, point: Point, slopes: Tensor) -> Float[Tensor, "m C d"]:
+        """∂²Λ/∂a_cj∂w_j of every neuron, at fixed softmax weights."""
+        return torch.einsum("nc,nm,nd->mcd", point.cotangent[0], slopes[0], self.net.x[0])
+
+    def _ended(self, w: Tensor, eps: float, model: _Model, found: Optimum, newton: int) -> Movement:
+        """The end of a movement, with its own gradient and what that still promises."""
+        v = model.programme.flat(found.v)
+        end = w + eps * v
+        point = self.net.at(end[None])
+        limit = model.programme.limit(found.p)
+        share = torch.where(limit > 0, found.f / limit.clamp_min(1e-300), 0.0).clamp(0, 1).mT
+        z, jump = point.z[0], point.jump[0]
+        # of force and distance one is rounding
+        near = z.abs() <= share * (1 - share) * eps * self._reach[:, None]
+        holds = model.live & near & (jump < 0)
+        given = torch.where(model.live & near, share, (z > 0).to(z))
+        h = point.gradient(point.slopes(torch.where(holds, given, (given >= 0.5).to(z))[None]))[0]
+        dual = self.norm.dual(h)
+        gap = float((dual - h @ v) / dual) if float(dual) > 0 else 0.0
+        return Movement(end, v, given.flatten(), gap, newton, point.lam[0], h, given.flatten())
+
+
+def _reach(norm: Norm, x: Float[Tensor, "N d"], size: int) -> Float[Tensor, " N"]:
+    """The most that a pre-activation can change along a unit direction: the dual norm of its normal."""
+    padded = [torch.nn.functional.pad(part, (0, size - x.shape[1])) for part in x.split(16)]
+    return torch.cat([norm.dual(part) for part in padded])
+
+
+def _signs(problem: Problem, w: Float[Tensor, "1 P"]) -> Float[Tensor, "R C"]:
+    """How each number that the loss sees depends on the outputs of its example."""
+    reading = linear_reading(problem.loss)
+    outputs = problem.outputs(w)
+    units = torch.eye(outputs.shape[-1]).to(outputs)
+    return torch.stack([reading.read(unit.expand_as(outputs), problem.y)[0][0] for unit in units], -1)
+
+
+def _extrapolated(asked: list[Tensor], given: list[Tensor]) -> Float[Tensor, " P"]:
+    """The next guess after sweeps that made ``given`` from ``asked`` (Anderson 1965)."""
+    if len(asked) < 2:
+        return given[-1]
+    ins, outs = torch.stack(asked, -1), torch.stack(given, -1)
+    change = outs - ins
+    steps = torch.linalg.lstsq(change.diff(dim=-1), change[:, -1:], driver="gelsd").solution
+    return outs[:, -1] - outs.diff(dim=-1) @ steps[:, 0]
+
+
+def _curb(b: Float[Tensor, "m C d"], v: Float[Tensor, "m D"]) -> Float[Tensor, "m D D"]:
+    """A positive semidefinite C with −½ΔᵀCΔ below the products aᵀbw of the change Δ = (w, a) of every neuron.
+
+    Each singular value σ of b has a product of two numbers, αβ = ((tα + β/t)² − (tα − β/t)²)/4 for every t. The
+    second square makes C; t is such that it vanishes along v, where the step is going.
+    """
+    left, s, right = torch.linalg.svd(b, full_matrices=False)
+    alpha, beta = (right @ v[:, : b.shape[2], None])[..., 0], (left.mT @ v[:, b.shape[2] :, None])[..., 0]
+    known = (alpha != 0) & (beta != 0)
+    t = torch.where(known, beta.abs() / torch.where(known, alpha.abs(), 1.0), 1.0).clamp(0.04, 25).sqrt()
+    rows = torch.cat([t[..., None] * right, -left.mT / t[..., None]], 2) * (s / 2).sqrt()[..., None]
+    return rows.mT @ rows
