@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from flowsim.sliding import KinkImplicit
     from flowsim.state import State, Status
     from flowsim.switching import Switch
+    from flowsim.torch_optim import TorchOptimiser
     from flowsim.trajectory import Trajectory, load
     from flowsim.velocity import select
 
@@ -109,6 +110,7 @@ _HOME = {
     "sliding": ["KinkImplicit"],
     "state": ["State", "Status"],
     "switching": ["Switch"],
+    "torch_optim": ["TorchOptimiser"],
     "trajectory": ["Trajectory", "load"],
     "velocity": ["select"],
 }

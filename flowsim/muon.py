@@ -58,9 +58,10 @@ class Muon(Discrete):
     the unit vector along it (Jordan et al. 2024): normalised steepest descent in the `modular` norm.
 
     The average is `Nesterov`'s, or with ``nesterov=False`` a plain one. ``polar`` = None takes the exact factor,
-    in which singular values within rounding of zero are zero; `NewtonSchulz()` the one of practice. ``scales`` are
-    c_l by the blocks' names, 1 where not given, and ``decay`` is λ. Lengths are in the modular norm: with the exact factor
-    and without decay the arclength is Σ η. t is the time that the flow in this norm takes for the path.
+    whose singular values are 1, or 0 for those within rounding of zero; `NewtonSchulz()` the one of practice. c_l are
+    the ``scales`` by the blocks' names, 1 where not given, and λ is ``decay``. Lengths are in the modular norm: with
+    the exact factor and without decay the arclength is Σ η. t is the time that the flow in this norm takes for the
+    path.
     """
 
     lr: LearningRate

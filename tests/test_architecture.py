@@ -58,6 +58,7 @@ ORDER = [
     "muon",
     "shampoo",
     "dissipation",
+    "torch_optim",
     "constraints",
     "events",
     "switching",

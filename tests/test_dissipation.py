@@ -1,4 +1,4 @@
-"""Flows of dissipation potentials: exact solutions, an independent integrator, and the optimiser that tends to one."""
+"""Flows of dissipation potentials: exact solutions, an independent integrator, and an optimiser that tends to one."""
 
 import math
 
