@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flowsim.limits import SmallStepLimit, gain_ratio, small_step_limit
     from flowsim.losses import cross_entropy, exponential, exponential_tail, logistic, pairwise_exponential, squared
     from flowsim.matrix_norms import Nuclear, Schatten, Spectral
+    from flowsim.minibatch import MiniBatches
     from flowsim.momentum import Average, HeavyBall, Nesterov
     from flowsim.muon import Muon, NewtonSchulz
     from flowsim.nets import (
@@ -95,6 +96,7 @@ _HOME = {
     ],
     "norms": ["Frobenius", "L1", "L2", "Linf", "Lp", "Mahalanobis"],
     "matrix_norms": ["Nuclear", "Schatten", "Spectral"],
+    "minibatch": ["MiniBatches"],
     "momentum": ["Average", "HeavyBall", "Nesterov"],
     "muon": ["Muon", "NewtonSchulz"],
     "block_norms": ["Euclidean", "Max", "Sum", "modular"],

@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowsim.kinks import Hinges, TwoLayer
@@ -194,6 +194,15 @@ class Problem:
             net=self.net.select(rows),
             x=self.x[rows] if own_x else self.x,
             y=self.y[rows] if own_y else self.y,
+        )
+
+    def examples_of(self, index: Int[Tensor, "B n"]) -> Self:
+        """The problem on some of its examples, of each trajectory its own."""
+        own_x, own_y = self.x.ndim == 3, self.y.ndim == _axes(self.loss) + 1
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return self._replaced(
+            x=self.x[rows, index] if own_x else self.x[index],
+            y=self.y[rows, index] if own_y else self.y[index],
         )
 
     def like(self, w: Tensor) -> Self:

@@ -59,6 +59,7 @@ ORDER = [
     "shampoo",
     "dissipation",
     "torch_optim",
+    "minibatch",
     "constraints",
     "events",
     "switching",
