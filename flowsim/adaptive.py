@@ -74,9 +74,10 @@ class Adaptive(Discrete):
         frame = Frame.follow(problem, state, self._forget, head=_head(state.w.dtype))
         first, second = self._moments(state, frame)
         log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
-        move = self._direction(first, second, frame, state.memory["age"] + 1) * torch.exp(log_lr).to(state.w)[:, None]
+        lr = torch.exp(log_lr)
+        move = self._move(first, second, frame, state.memory["age"] + 1, lr)
         if self.decay:
-            move = move - (self.decay * torch.exp(log_lr)).to(state.w)[:, None] * state.w
+            move = move - (self.decay * lr).to(state.w)[:, None] * state.w
         remembered = {"frame": frame.log_unit, "second": second}
         if "first" in state.memory:
             remembered["first"] = first
@@ -98,8 +99,8 @@ class Adaptive(Discrete):
             return g, second
         return torch.add(beta1 * frame.keep * memory["first"], g, alpha=1 - beta1), second
 
-    def _direction(self, first: Tensor, second: Tensor, frame: Frame, age: Tensor) -> Tensor:
-        """(m/a)/(√v/b + ε), with 0/0 = 0."""
+    def _move(self, first: Tensor, second: Tensor, frame: Frame, age: Tensor, lr: Tensor) -> Tensor:
+        """η(m/a)/(√v/b + ε), with 0/0 = 0, as m over √v·a/(bη) + aε/η."""
         beta1, beta2 = self.betas
         a = b = torch.ones_like(age)
         if self.corrected and beta2 is not None:
@@ -108,8 +109,8 @@ class Adaptive(Discrete):
         # ε in the frame's units; not below the root of the smallest square, so that no gradient stays at rest
         numbers = torch.finfo(second.dtype)
         eps = torch.exp(log_eps - frame.log_unit).clamp_min((numbers.tiny * numbers.eps) ** 0.5)
-        root = second.sqrt().mul_((a / b).to(second)[:, None]).add_((a * eps).to(second)[:, None])
-        return first / root
+        factor, term = (value.to(second)[:, None] for value in (a / (b * lr), a * eps / lr))
+        return first / second.sqrt().mul_(factor).add_(term)
 
 
 def _head(dtype: torch.dtype) -> float:

@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.clocks import log_time_rate
 from flowsim.problem import Objective
 from flowsim.state import State
 
 
 @dataclass(frozen=True)
 class Frame:
-    """S ``(B,)``; the factor ``(B, 1)`` that brings what is kept to its units, and the root of the one for h."""
+    """S ``(B,)``, and the factors ``(B, 1)`` that bring what is kept and h to its units; the second in two parts where
+    it would overflow."""
 
     log_unit: Float[Tensor, " B"]
     keep: Float[Tensor, "B 1"]
-    root: Float[Tensor, "B 1"]
+    add: Float[Tensor, "B 1"]
+    rest: Float[Tensor, "B 1"] | None
 
     @staticmethod
     def follow(objective: Objective, state: State, forget: float, head: float = 0.0) -> "Frame":
@@ -36,19 +37,17 @@ class Frame:
         log_add = torch.minimum(newest, oldest)
         log_unit = scale - log_add
         log_add = torch.where(log_add < torch.inf, log_add, 0.0)  # no gradient so far
-        keep, root = torch.exp((before - scale) + log_add), torch.exp(0.5 * log_add)
-        return Frame(log_unit, keep.to(state.w)[:, None], root.to(state.w)[:, None])
+        most = 0.9 * math.log(torch.finfo(state.w.dtype).max)
+        excess = (log_add - most).clamp_min(0.0)
+        factors = torch.exp(torch.stack([(before - scale) + log_add, log_add - excess, excess])).to(state.w)[..., None]
+        return Frame(log_unit, factors[0], factors[1], factors[2] if bool((excess > 0).any()) else None)
 
     def gradient(self, state: State) -> Float[Tensor, "B P"]:
-        """−g in the frame's units. The factor itself may overflow where h is tiny, its root does not."""
-        return (self.root * state.memory["ascent"]).mul_(self.root)
+        """−g in the frame's units."""
+        g = self.add * state.memory["ascent"]
+        return g if self.rest is None else g.mul_(self.rest)
 
 
 def no_frame(state: State) -> Float[Tensor, " B"]:
     """S before the first gradient."""
     return torch.full_like(state.step_size, -torch.inf)
-
-
-def log_force(objective: Objective, state: State) -> Float[Tensor, " B"]:
-    """log ‖g‖_* of the gradient at hand: one over the rate dt/ds of a steepest flow."""
-    return -log_time_rate(objective, state.readings["lam"], state.memory["dual"])

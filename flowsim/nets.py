@@ -21,7 +21,13 @@ from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Activation
 from flowsim.layout import Block, Layout, layout
 
-relu = Activation("relu", 1, True, torch.relu, lambda z: (z > 0).to(z.dtype))
+
+def _step(z: Tensor) -> Tensor:
+    """1 where z > 0, else 0; in one pass, without truth values in between."""
+    return torch.gt(z, 0, out=torch.empty_like(z))
+
+
+relu = Activation("relu", 1, True, torch.relu, _step)
 identity = Activation("identity", 1, False, lambda z: z, torch.ones_like)
 squared_relu = Activation("squared_relu", 2, False, lambda z: torch.relu(z).square(), lambda z: 2 * torch.relu(z))
 square = Activation("square", 2, False, torch.square, lambda z: 2 * z)
