@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flowsim.clocks import ARCLENGTH, Clock, Target
 from flowsim.implicit import MinimisingMovement
-from flowsim.integrate import DOPRI5, Field, Method, Solver
+from flowsim.integrate import DOPRI5, Field, Method, Settling, Solver
 from flowsim.norms import Norm
 from flowsim.pieces import ExactPieces
 from flowsim.polytope import follows
@@ -58,6 +58,13 @@ class SteepestFlow:
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         return self._solver(problem).advance(self._field(problem), problem, state, until, budget)
+
+    def settled(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
+        """``point``, read off the last step of ``state`` at u, as near to the flow as the method can bring it."""
+        solver = self._solver(problem)
+        return (
+            solver.settled(self._field(problem), problem, state, u, point) if isinstance(solver, Settling) else point
+        )
 
     def _field(self, problem: Objective) -> Field:
         return Field(self.norm.bind(problem.layout), self.clock)

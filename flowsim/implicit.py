@@ -79,6 +79,27 @@ class ImplicitSteps:
             state = state.scatter(row, march(step, part, local, until.select(row), budget))
         return state
 
+    def settled(self, field: Field, objective: Objective, state: State, u: Tensor, point: State) -> State:
+        """``point``, read off the last step of ``state`` at u, at the end of a step of its own from the same start.
+
+        Softmax weights see margins, which grow like Λ, to O(1): late in training those of an interpolated place are
+        the weights of another one. Only nets with kinks need it.
+        """
+        step = state.segment
+        if not objective.kinks or step is None or step.multipliers0 is None:
+            return point
+        for b in ((u > 0) & (u < 1)).nonzero().flatten():
+            mover = mover_of(field.norm, objective.select(b[None]), point.w[b][None])
+            eps = float(u[b] * (step.readings1["arclength"][b] - step.readings0["arclength"][b]))
+            guess = Guess(step.slope0[b] / mover.norm.value(step.slope0[b]), step.multipliers0[b])
+            one, two = _stages(mover, step.w0[b], eps, guess, mover.finest)
+            if max(one.gap, two.gap) < mover.trusted:
+                local = point.select(b[None])
+                readings = local.readings | {"lam": two.lam[None].double()}
+                local = replace(local, w=two.w[None], readings=readings)
+                point = point.scatter(b[None], _sliding(local, two))
+        return point
+
     def _begin(self, field: Field, objective: Objective, state: State) -> State:
         """The state with the direction of a short movement, unless it comes from such steps."""
         names = ("newton", "gap", *(("sliding", "releases") if objective.kinks else ()))
@@ -204,8 +225,7 @@ def implicit_step(
     tol: float = 1e-15,
 ) -> Trial:
     """One step of arclength ``eps`` from w, where the direction is that of ``first``."""
-    one = mover.move(w, _GAMMA * eps, guess, tol)
-    two = mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.guess, tol)
+    one, two = _stages(mover, w, eps, guess, tol)
 
     def sample(at: Movement) -> Sample:
         return field.sample(objective, at.w[None], at.lam[None], at.ascent[None], at.v[None])
@@ -218,6 +238,11 @@ def implicit_step(
     length = float(mover.norm.value(two.w - w)) if interior else eps
     gap, newton = max(one.gap, two.gap), one.newton + two.newton
     return Trial(two, error, sample(one), sample(two), length, interior, gap, newton)
+
+
+def _stages(mover: Mover, w: Tensor, eps: float, guess: Guess | None, tol: float) -> tuple[Movement, Movement]:
+    one = mover.move(w, _GAMMA * eps, guess, tol)
+    return one, mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.guess, tol)
 
 
 def mover_of(norm: Norm, objective: Objective, w: Float[Tensor, "1 P"]) -> Mover:

@@ -81,6 +81,13 @@ class Solver(Protocol):
 
 
 @runtime_checkable
+class Settling(Protocol):
+    """A solver that can improve what is read off its steps; see `state.Settling`."""
+
+    def settled(self, field: Field, objective: Objective, state: State, u: Tensor, point: State) -> State: ...
+
+
+@runtime_checkable
 class Method(Protocol):
     """What users pass to a flow: a method that makes a solver once the tolerance is known."""
 

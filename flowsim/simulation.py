@@ -14,7 +14,7 @@ from flowsim.clocks import Clock, Schedule, Target
 from flowsim.events import Event, Watch, inside
 from flowsim.problem import Objective
 from flowsim.provenance import describe
-from flowsim.state import READINGS, Rule, State, Status
+from flowsim.state import READINGS, Rule, Settling, State, Status
 from flowsim.trajectory import Trajectory, save_state
 
 Observer = Callable[[Any, State], Tensor]
@@ -64,7 +64,7 @@ def simulate(
     began = wallclock.monotonic()
     state = rule.start(problem, w0)
     begun_with = state.attempts
-    recorder = _Recorder(problem, until, state, dict(observe or {}), witness(problem, rule))
+    recorder = _Recorder(problem, rule, until, state, dict(observe or {}), witness(problem, rule))
     watch = Watch(problem, dict(events or {}), state, until.clock)
     last_checkpoint, calls = began, 0
     with _bar(progress, rule, recorder) as bar:
@@ -152,12 +152,13 @@ class _Recorder:
     def __init__(
         self,
         problem: Objective,
+        rule: Rule,
         until: Schedule,
         state: State,
         observers: dict[str, Observer],
         witnesses: dict[str, Observer],
     ) -> None:
-        self.problem, self.observers, self.witnesses = problem, observers, witnesses
+        self.problem, self.rule, self.observers, self.witnesses = problem, rule, observers, witnesses
         self.clock: Clock = until.clock
         self.targets = torch.tensor(
             [-torch.inf, *until.targets(state.readings[self.clock.reading])],
@@ -202,7 +203,9 @@ class _Recorder:
         first = self.next == 0
         if state.segment is None or bool((due & first).any()):
             return state
-        return inside(self.problem, state, torch.where(due, state.segment.locate(target), 1.0))
+        u = torch.where(due, state.segment.locate(target), 1.0)
+        point = inside(self.problem, state, u)
+        return self.rule.settled(self.problem, state, u, point) if isinstance(self.rule, Settling) else point
 
     def _keep(self, point: State, due: Tensor) -> None:
         rows, index = due.nonzero().squeeze(1).cpu().numpy(), self.next[due].cpu().numpy()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -259,6 +259,14 @@ class Rule(Protocol):
 
     def advance(self, problem: Any, state: State, until: Target, budget: int) -> State:
         """Natural steps for each running trajectory until it has reached ``until``, at most ``budget`` of them."""
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A rule that can improve what is read off its steps."""
+
+    def settled(self, problem: Any, state: State, u: Float[Tensor, " B"], point: State) -> State:
+        """``point``, read at u of the last step of ``state``, as near to the path as the rule can bring it."""
 
 
 def march(step: Callable[[Any, State], State], problem: Any, state: State, until: Target, budget: int) -> State:
