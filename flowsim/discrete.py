@@ -38,7 +38,6 @@ def begin(objective: Objective, norm: Norm, w_or_state: Tensor | State) -> State
             "ascent": h,
             "dual": norm.dual(h).double(),
             "size": norm.value(state.w).double(),
-            "age": torch.zeros_like(state.step_size),
         },
         multipliers=None,
         segment=None,
@@ -75,8 +74,10 @@ def take(
         | {"gradients": state.tallies["gradients"] + 1, "accepted": state.tallies["accepted"] + 1},
         status=state.status,
         step_size=state.step_size,
-        memory=before | {"ascent": h, "dual": dual, "size": size, "age": before["age"] + 1} | (remembered or {}),
+        memory=before | {"ascent": h, "dual": dual, "size": size} | (remembered or {}),
     )
+    if "age" in before:
+        moved.memory["age"] = before["age"] + 1
     finite = torch.isfinite(lam + dual + size)
     if not bool(finite.all()):
         moved = replace(moved, segment=state.segment).where(finite, state).stopped(~finite, Status.NONFINITE)
@@ -134,7 +135,7 @@ class Discrete(ABC):
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         state = begin(problem, self.bound(problem), w_or_state)
         kind = torch.full_like(state.status, zlib.crc32(self.kind.encode()))
-        own = {"age": state.memory["age"], "kind": kind} | self.blank(problem, state)
+        own = {"age": torch.zeros_like(state.step_size), "kind": kind} | self.blank(problem, state)
         if isinstance(w_or_state, State):
             own = _inherited(own, w_or_state.memory)
         return replace(state, memory=state.memory | own)

@@ -57,7 +57,7 @@ class TorchOptimiser:
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         state = begin(problem, self.norm.bind(problem.layout), w_or_state)
-        own = self._blank(problem.layout, state) | {"age": state.memory["age"]}
+        own = self._blank(problem.layout, state) | {"age": torch.zeros_like(state.step_size)}
         old = w_or_state.memory if isinstance(w_or_state, State) else {}
         if own.keys() <= old.keys() and "dual" in old and all(own[name].shape == old[name].shape for name in own):
             own = {name: old[name] for name in own}
