@@ -5,42 +5,23 @@ This is where the words of a configuration become objects; everything else in fl
 
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from flowsim import clocks, data, diagnostics, losses, nets, plots
-from flowsim.block_norms import modular
-from flowsim.clocks import Schedule
+from flowsim import data, diagnostics, losses, nets, plots
 from flowsim.data import Data
-from flowsim.descent import SmallStep, SteepestDescent
-from flowsim.flow import SteepestFlow
-from flowsim.integrate import BOSH3, DOPRI5, Method
-from flowsim.layout import Layout
-from flowsim.matrix_norms import Nuclear, Schatten, Spectral
 from flowsim.nets import Net
-from flowsim.norms import L1, L2, Frobenius, Linf, Lp, Norm
-from flowsim.odeint import TorchDiffEq
 from flowsim.problem import Problem
+from flowsim.rules import AnyRule, Part, Until, Whole
 from flowsim.simulation import simulate
 from flowsim.state import Rule, Status
 from flowsim.trajectory import Trajectory
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Whole = Annotated[int, Field(ge=1)]
-
-
-class Part(BaseModel):
-    """A section of a configuration: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Data, net, loss
@@ -49,7 +30,7 @@ class Part(BaseModel):
 
 class Digits(Part):
     kind: Literal["digits"]
-    classes: list[int] = [3, 6]
+    classes: list[int] = Field([3, 6])
     n: Whole = 100
 
     def draw(self, seeds: list[int]) -> tuple[Data, Data | None]:
@@ -100,10 +81,10 @@ class Arrays(Part):
 
 class FeedForward(Part):
     kind: Literal["mlp"]
-    hidden: list[Whole] = [128]
+    hidden: list[Whole] = Field([128])
     activation: Literal["relu", "leaky_relu", "squared_relu", "identity", "square"] = "relu"
     slope: Annotated[float, Field(ge=0, le=1)] = 0.01
-    frozen: list[str] = []
+    frozen: list[str] = Field([])
 
     def build(self, inputs: int, outputs: int) -> Net:
         chosen = nets.leaky_relu(self.slope) if self.activation == "leaky_relu" else getattr(nets, self.activation)
@@ -114,7 +95,7 @@ class DiagonalNet(Part):
     kind: Literal["diagonal"]
     depth: Whole = 2
     signed: bool = False
-    frozen: list[str] = []
+    frozen: list[str] = Field([])
 
     def build(self, inputs: int, outputs: int) -> Net:
         return nets.Diagonal(inputs, self.depth, signed=self.signed)
@@ -122,99 +103,6 @@ class DiagonalNet(Part):
 
 class Init(Part):
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Until and rules
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Until(Part):
-    """When a run ends, and how many points are saved on the way."""
-
-    clock: Literal["lam", "steps", "time", "arclength"] = "lam"
-    value: Positive
-    saves: Annotated[int, Field(ge=2)] = 100
-
-    def schedule(self) -> Schedule:
-        if self.clock == "steps":
-            return clocks.steps(round(self.value), saves=self.saves)
-        make: Callable[..., Schedule] = getattr(clocks, self.clock)
-        return make(self.value, saves=self.saves)
-
-
-class RulePart(Part):
-    norm: str = "l2"
-    label: str | None = None
-    until: Until | None = None
-    max_steps: Whole = 100_000
-
-    def rule(self, layout: Layout) -> Rule:
-        raise NotImplementedError
-
-
-class SmallSteps(RulePart):
-    kind: Literal["small_steps"]
-    dlam: Positive = 0.05
-    relative: Positive = 0.05
-
-    def rule(self, layout: Layout) -> Rule:
-        return SmallStep(norm_from_word(self.norm, layout), self.dlam, self.relative)
-
-
-class Descent(RulePart):
-    kind: Literal["descent"]
-    lr: Positive
-    normalized: bool = False
-
-    def rule(self, layout: Layout) -> Rule:
-        names = {"l1": "coordinate descent", "l2": "gradient descent", "linf": "sign descent"}
-        norm = norm_from_word(self.norm, layout)
-        return SteepestDescent(norm, self.lr, self.normalized, names.get(norm.name, ""))
-
-
-class Flow(RulePart):
-    kind: Literal["flow"]
-    rtol: Positive = 1e-4
-    atol: Positive = 1e-12
-    clock: Literal["arclength", "relative", "lam", "time"] = "arclength"
-    method: str = "auto"
-
-    def rule(self, layout: Layout) -> Rule:
-        method = method_from_word(self.method)
-        clock = getattr(clocks, self.clock.upper())
-        return SteepestFlow(norm_from_word(self.norm, layout), self.rtol, self.atol, clock, method)
-
-
-def norm_from_word(word: str, layout: Layout) -> Norm:
-    """A norm by its word: l1, l2, linf, l3 or l1.5, spectral, nuclear, frobenius, schatten3, modular."""
-    plain: dict[str, Callable[[], Norm]] = {
-        "l1": L1,
-        "l2": L2,
-        "linf": Linf,
-        "spectral": Spectral,
-        "nuclear": Nuclear,
-        "frobenius": Frobenius,
-    }
-    if word in plain:
-        return plain[word]()
-    if word == "modular":
-        return modular(layout)
-    if match := re.fullmatch(r"(l|schatten)(\d+(?:\.\d+)?)", word):
-        return (Lp if match[1] == "l" else Schatten)(float(match[2]))
-    raise ValueError(
-        f"norm: got {word!r}, expected one of {', '.join(plain)}, modular, l<p> or schatten<p> such as l3"
-    )
-
-
-def method_from_word(word: str) -> Method | None:
-    """A method by its word: auto (None), dopri5, bosh3, or torchdiffeq:<one of its adaptive solvers>."""
-    own: dict[str, Method | None] = {"auto": None, "dopri5": DOPRI5, "bosh3": BOSH3}
-    if word in own:
-        return own[word]
-    if word.startswith("torchdiffeq:"):
-        return TorchDiffEq(word.removeprefix("torchdiffeq:"))
-    raise ValueError(f"method: got {word!r}, expected auto, dopri5, bosh3, or torchdiffeq:<solver>")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,7 +118,7 @@ class Experiment(Part):
     """
 
     name: str
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: list[int] = Field([0], min_length=1)
     loss: Literal["exponential", "logistic", "cross_entropy", "pairwise_exponential", "squared"] = "exponential"
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float64"
@@ -239,7 +127,7 @@ class Experiment(Part):
     net: Annotated[FeedForward | DiagonalNet, Field(discriminator="kind")]
     init: Init = Init()
     until: Until
-    rules: Annotated[list[Annotated[SmallSteps | Descent | Flow, Field(discriminator="kind")]], Field(min_length=1)]
+    rules: Annotated[list[AnyRule], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -77,6 +77,7 @@ ORDER = [
     "curves",
     "portraits",
     "plots",
+    "rules",
     "experiment",
     "cli",
 ]
