@@ -19,6 +19,7 @@ from flowsim.balls import knows
 from flowsim.barriers import supported
 from flowsim.clocks import ARCLENGTH, Target
 from flowsim.integrate import Field, Sample, log_elapsed_in, recall, remember, segment
+from flowsim.kinks import require_sides
 from flowsim.movement import ConvexMover, Guess, Movement, Mover
 from flowsim.net_movement import NetMover
 from flowsim.norms import Norm
@@ -35,10 +36,19 @@ _NODES = (1 - _MIDDLE - _LAST, _MIDDLE, _LAST)
 @dataclass(frozen=True)
 class MinimisingMovement:
     """Implicit steps in every norm, ties and all: for convex losses (`Linear` models, `Quadratic`), and for two-layer
-    nets with kinks."""
+    nets with kinks.
+
+    A kink that slides and begins to repel is *released*; both sides are solutions. ``sides`` chooses for the first
+    of them, as in `KinkImplicit`.
+    """
+
+    sides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_sides("MinimisingMovement", self.sides)
 
     def solver(self, rtol: float, atol: float) -> "ImplicitSteps":
-        return ImplicitSteps(rtol, atol)
+        return ImplicitSteps(rtol, atol, self.sides)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,6 +68,7 @@ class ImplicitSteps:
 
     rtol: float
     atol: float
+    sides: tuple[int, ...] = ()
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         rows = [torch.tensor([b], device=state.w.device) for b in range(len(state.w))]
@@ -71,7 +82,7 @@ class ImplicitSteps:
         for b in state.running.nonzero().flatten():
             row = b[None]
             part, local = objective.select(row), state.select(row)
-            mover = mover_of(field.norm, part, local.w)
+            mover = mover_of(field.norm, part, local.w, self.sides)
 
             def step(part: Objective, local: State, mover: Mover = mover) -> State:
                 return self._step(field, mover, part, local)
@@ -89,10 +100,11 @@ class ImplicitSteps:
         if not objective.kinks or step is None or step.multipliers0 is None:
             return point
         for b in ((u > 0) & (u < 1)).nonzero().flatten():
-            mover = mover_of(field.norm, objective.select(b[None]), point.w[b][None])
+            mover = mover_of(field.norm, objective.select(b[None]), point.w[b][None], self.sides)
             eps = float(u[b] * (step.readings1["arclength"][b] - step.readings0["arclength"][b]))
-            guess = Guess(step.slope0[b] / mover.norm.value(step.slope0[b]), step.multipliers0[b])
-            one, two = _stages(mover, step.w0[b], eps, guess, mover.finest)
+            way, releases = step.slope0[b], float(state.tallies["releases"][b])
+            guess = Guess(way / mover.norm.value(way), step.multipliers0[b], releases)
+            one, two = _stages(mover, step.w0[b], eps, guess, mover.aim(self.rtol, self.atol, step.w0[b], eps))
             if max(one.gap, two.gap) < mover.trusted:
                 local = point.select(b[None])
                 readings = local.readings | {"lam": two.lam[None].double()}
@@ -104,7 +116,7 @@ class ImplicitSteps:
         """The state with the direction of a short movement, unless it comes from such steps."""
         names = ("newton", "gap", *(("sliding", "releases") if objective.kinks else ()))
         state = replace(state, tallies={name: torch.zeros_like(state.step_size) for name in names} | state.tallies)
-        mover = mover_of(field.norm, objective, state.w)
+        mover = mover_of(field.norm, objective, state.w, self.sides)
         lam, h = objective.ascent(state.w)
         if _resumes(state, mover, float(lam)):
             return state
@@ -127,11 +139,9 @@ class ImplicitSteps:
     def _step(self, field: Field, mover: Mover, objective: Objective, state: State) -> State:
         """One attempt of one trajectory."""
         first, eps = recall(state), float(state.step_size)
-        # directions to a hundredth of what a step may err
-        allowed = self.atol + self.rtol * float(torch.linalg.vector_norm(state.w))
-        tol = min(1e-9, max(1e-15, min(1.0, 0.01 * allowed / eps) ** 2))
-        guess = Guess(first.velocity[0], state.memory["duals"][0])
-        trial = implicit_step(field, mover, objective, state.w[0], first, eps, guess, max(tol, mover.finest))
+        guess = Guess(first.velocity[0], state.memory["duals"][0], float(state.tallies.get("releases", 0.0)))
+        tol = mover.aim(self.rtol, self.atol, state.w[0], eps)
+        trial = implicit_step(field, mover, objective, state.w[0], first, eps, guess, tol)
         excess = self._excess(field, mover, objective, state, first, trial)
         counts = {"gradients": 2.0, "newton": trial.newton}
         factor = min(5.0, max(0.4 if math.isinf(excess) else 0.2, 0.9 * max(excess, 1e-10) ** (-1 / 3)))
@@ -245,7 +255,7 @@ def _stages(mover: Mover, w: Tensor, eps: float, guess: Guess | None, tol: float
     return one, mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.guess, tol)
 
 
-def mover_of(norm: Norm, objective: Objective, w: Float[Tensor, "1 P"]) -> Mover:
+def mover_of(norm: Norm, objective: Objective, w: Float[Tensor, "1 P"], sides: tuple[int, ...] = ()) -> Mover:
     """Movements of this objective in a bound norm; raises ValueError where there are none."""
     if objective.kinks and isinstance(objective, Problem):
         if not knows(norm):
@@ -253,7 +263,7 @@ def mover_of(norm: Norm, objective: Objective, w: Float[Tensor, "1 P"]) -> Mover
                 f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a quadratic norm "
                 "for a net with kinks; try flowsim.SmallStep for the small-step path"
             )
-        return NetMover(norm, objective, w)
+        return NetMover(norm, objective, w, sides)
     if not supported(norm):
         raise ValueError(f"MinimisingMovement does not know the norm {norm.name!r}; try a norm of flowsim")
     return ConvexMover(norm, objective, w)
@@ -263,7 +273,7 @@ def _guess(state: State, mover: Mover) -> Guess | None:
     """What a state knows of kinks that slide."""
     if state.multipliers is None or state.multipliers.shape[1] != mover.duals:
         return None
-    return Guess(torch.zeros_like(state.w[0]), state.multipliers[0])
+    return Guess(torch.zeros_like(state.w[0]), state.multipliers[0], float(state.tallies.get("releases", 0.0)))
 
 
 def _sliding(state: State, at: Movement, before: Tensor | None = None) -> State:
@@ -275,7 +285,8 @@ def _sliding(state: State, at: Movement, before: Tensor | None = None) -> State:
     step = state.segment
     if step is not None:
         step = replace(step, multipliers0=multipliers if before is None else before, multipliers1=multipliers)
-    return replace(state, multipliers=multipliers, segment=step, tallies=state.tallies | {"sliding": sliding})
+    tallies = {"sliding": sliding, "releases": torch.full_like(sliding, at.releases)}
+    return replace(state, multipliers=multipliers, segment=step, tallies=state.tallies | tallies)
 
 
 def _soft_margin(norm: Norm, objective: Objective, lam: Tensor, w: Float[Tensor, "1 P"]) -> float:

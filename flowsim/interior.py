@@ -15,6 +15,7 @@ belongs to an example. All matrices are of the size of a neuron or of the number
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,6 +51,16 @@ class Programme:
     def inputs(self) -> int:
         return self.x.shape[1]
 
+    @cached_property
+    def inputs_of(self) -> Float[Tensor, "d R"]:
+        """The inputs of the rows."""
+        return self.x[self.of].mT.contiguous()
+
+    @cached_property
+    def same(self) -> Float[Tensor, "R R"]:
+        """1 for rows of the same example."""
+        return (self.of[:, None] == self.of).to(self.x)
+
     def rows(self, v: Float[Tensor, "m D"]) -> Float[Tensor, " R"]:
         """Av."""
         inner = (self.slope * (v[:, : self.inputs] @ self.x.mT)[:, self.of]).sum(0)
@@ -57,7 +68,7 @@ class Programme:
 
     def columns(self, p: Float[Tensor, " R"]) -> Float[Tensor, "m D"]:
         """Aᵀp."""
-        return torch.cat([(self.slope * p) @ self.x[self.of], self.ends @ p], 1)
+        return torch.cat([(self.slope * p) @ self.inputs_of.mT, self.ends @ p], 1)
 
     def along(self, v: Float[Tensor, "m D"]) -> Float[Tensor, "m N"]:
         """Ev where hinges are live, 0 elsewhere."""
@@ -237,11 +248,12 @@ class _Direction:
     p: Tensor
     level: float
 
-    def room(self, at: Iterate, live: Tensor) -> tuple[float, float]:
+    def room(self, at: Iterate) -> tuple[float, float]:
+        """How far primal and dual variables may go; hinges that are not live do not move."""
         primal, dual = at.ball.room(self.turn)
-        pairs = [(at.s, self.s), (at.gap_up, self.gap_up), (at.up, self.up), (at.down, self.down)]
-        rooms = [room(x[live], dx[live]) for x, dx in pairs]
-        return min(primal, *rooms[:2]), min(dual, *rooms[2:])
+        slacks = room(torch.stack([at.s, at.gap_up]), torch.stack([self.s, self.gap_up]))
+        forces = room(torch.stack([at.up, at.down]), torch.stack([self.up, self.down]))
+        return min(primal, slacks), min(dual, forces)
 
 
 def _advanced(programme: Programme, at: Iterate, gap: float, tol: float) -> Iterate | None:
@@ -256,7 +268,7 @@ def _advanced(programme: Programme, at: Iterate, gap: float, tol: float) -> Iter
     if newton is None:
         return None
     affine = _direction(newton, 0.0 if number else 0.1 * mu, None)
-    primal, dual = (min(1.0, 0.9995 * x) for x in affine.room(at, live))
+    primal, dual = (min(1.0, 0.9995 * x) for x in affine.room(at))
     ahead = at.ball.after(affine.turn, primal, dual).products()[0]
     up, down = at.up + dual * affine.up, at.down + dual * affine.down
     above, s = at.gap_up + primal * affine.gap_up, at.s + primal * affine.s
@@ -267,7 +279,7 @@ def _advanced(programme: Programme, at: Iterate, gap: float, tol: float) -> Iter
     # products far below the gap, or below the one that is asked for, only make the equations worse
     least = max(0.2 * tol, 0.01 * gap) / max(number, 1)
     direction = _direction(newton, max(centring * mu, min(mu, least)), affine)
-    primal, dual = direction.room(at, live)
+    primal, dual = direction.room(at)
     keep = max(0.95, 1 - mu)
     primal, dual = min(1.0, keep * primal), min(1.0, keep * dual, _steady(at.p, direction.p))
     return Iterate(
@@ -313,18 +325,20 @@ def _factored(programme: Programme, at: Iterate, gap: float, mu: float) -> _Newt
     if root is None:
         return None
     slope = programme.slope - programme.kinks * (a / (a + b))[:, programme.of]
-    rows = torch.cat([slope[:, None, :] * programme.x[programme.of].mT, programme.ends], 1)
-    low = torch.stack([programme.blocked(x) for x in response.low], -1) if len(response.low) else rows[..., :0]
-    sides = size[..., None] * torch.cat([rows, low * response.weight.sqrt()], 2)
+    sides = torch.cat([slope[:, None, :] * programme.inputs_of, programme.ends], 1)
+    if len(response.low):
+        low = torch.stack([programme.blocked(x) for x in response.low], -1)
+        sides = torch.cat([sides, low * response.weight.sqrt()], 2)
+    sides = size[..., None] * sides
     white = torch.linalg.solve_triangular(root, sides, upper=False).flatten(0, 1)
     # the root of (1 + LLᵀ)⁻¹ is 1 − Q diag(shrink) Qᵀ
-    low, far, _ = torch.linalg.svd(white[:, rows.shape[2] :], full_matrices=False)
+    count = len(programme.of)
+    low, far, _ = torch.linalg.svd(white[:, count:], full_matrices=False)
     shrink = 1 - (1 + far**2).rsqrt()
-    white = _thinned(low, shrink, white[:, : rows.shape[2]])
+    white = _thinned(low, shrink, white[:, :count])
     temperature = max(programme.temperature, 0.1 * gap)
-    same = programme.of[:, None] == programme.of
     kinked = programme.kinks / (a + b)[:, programme.of]
-    schur = white.mT @ white + torch.where(same, kinked.mT @ programme.kinks, 0.0) + torch.diag(temperature / at.p)
+    schur = white.mT @ white + programme.same * (kinked.mT @ programme.kinks) + torch.diag(temperature / at.p)
     solve_rows = _solver(schur)
     if solve_rows is None:
         return None
@@ -399,5 +413,7 @@ def _unwhitened(newton: _Newton, y: Float[Tensor, " mD"]) -> Float[Tensor, "m D"
 
 def _thinned(low: Float[Tensor, "mD k"], shrink: Float[Tensor, " k"], y: Tensor) -> Tensor:
     """The part of low rank of the ball, taken out of whitened numbers."""
+    if not len(shrink):
+        return y
     along = low.mT @ y
     return y - low @ (shrink * along if y.ndim == 1 else shrink[:, None] * along)

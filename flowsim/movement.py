@@ -25,10 +25,12 @@ from flowsim.quadratics import Quadratic
 
 @dataclass(frozen=True)
 class Guess:
-    """What a movement may start from: the direction and the dual variables of one like it."""
+    """What a movement may start from: the direction and the dual variables of one like it, and how many kinks have
+    been released so far."""
 
     v: Float[Tensor, " P"]
     duals: Float[Tensor, " n"]
+    releases: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Movement:
     """Where a movement ends, its direction ``v``, the dual variables that prove it to the relative ``gap`` (a share
     of ε‖h‖_*), Newton steps taken, and Λ and h = ∇Λ at the end.
 
-    On kinks h is the element of Clarke's gradient for which v is steepest, with these ``multipliers``.
+    On kinks h is the element of Clarke's gradient for which v is steepest, with these ``multipliers``; ``releases``
+    counts the kinks that have slid and begun to repel.
     """
 
     w: Float[Tensor, " P"]
@@ -47,21 +50,21 @@ class Movement:
     lam: Float[Tensor, ""]
     ascent: Float[Tensor, " P"]
     multipliers: Float[Tensor, " K"] | None = None
+    releases: float = 0.0
 
     @property
     def guess(self) -> Guess:
-        return Guess(self.v, self.duals)
+        return Guess(self.v, self.duals, self.releases)
 
 
 class Mover(Protocol):
-    """Movements of one trajectory.
-
-    ``finest`` is the least gap that is worth asking for; a movement with a gap above ``trusted`` is none.
-    """
+    """Movements of one trajectory. One with a gap above ``trusted`` is none."""
 
     norm: Norm
-    finest: ClassVar[float]
     trusted: ClassVar[float]
+
+    def aim(self, rtol: float, atol: float, w: Float[Tensor, " P"], eps: float) -> float:
+        """The gap that a movement of a step with these tolerances needs."""
 
     @property
     def duals(self) -> int:
@@ -86,7 +89,6 @@ class ConvexMover:
     """Movements where the loss is convex: of a `Linear` model, or a `Quadratic`. On a curved ball v is good to about
     the root of the gap."""
 
-    finest: ClassVar[float] = 1e-15
     trusted: ClassVar[float] = 1e-6
 
     def __init__(self, norm: Norm, objective: Objective, w: Float[Tensor, "1 P"]) -> None:
@@ -96,6 +98,11 @@ class ConvexMover:
     @property
     def duals(self) -> int:
         return len(self._rows)
+
+    def aim(self, rtol: float, atol: float, w: Float[Tensor, " P"], eps: float) -> float:
+        """Directions to a hundredth of what a step may err; they are good to the root of the gap."""
+        allowed = atol + rtol * float(torch.linalg.vector_norm(w))
+        return min(1e-9, max(1e-15, min(1.0, 0.01 * allowed / eps) ** 2))
 
     def move(self, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float = 1e-15) -> Movement:
         start = None if guess is None else guess.duals

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowsim.balls import ball
 from flowsim.interior import Iterate, Optimum, Programme, solve
-from flowsim.kinks import Point
+from flowsim.kinks import Point, taken
 from flowsim.movement import Guess, Movement, linear_reading, touching
 from flowsim.norms import Norm
 from flowsim.problem import Problem
@@ -37,13 +37,15 @@ class _Model:
 
 
 class NetMover:
-    """Movements of one two-layer net. Dual variables are the slopes of all pairs (example, neuron)."""
+    """Movements of one two-layer net. Dual variables are the slopes of all pairs (example, neuron).
 
-    finest: ClassVar[float] = 1e-7
+    A kink that slides and begins to repel is released to a side: see `kinks.taken` for ``sides``.
+    """
+
     trusted: ClassVar[float] = 1e-3
 
-    def __init__(self, norm: Norm, problem: Problem, w: Float[Tensor, "1 P"]) -> None:
-        self.norm, self.problem = norm, problem
+    def __init__(self, norm: Norm, problem: Problem, w: Float[Tensor, "1 P"], sides: tuple[int, ...] = ()) -> None:
+        self.norm, self.problem, self.sides = norm, problem, sides
         self.net = problem.two_layer(1)
         self._reach = _reach(norm, self.net.x[0], w.shape[1])
         self._signs = _signs(problem, w)
@@ -56,21 +58,25 @@ class NetMover:
     def duals(self) -> int:
         return self.net.x.shape[1] * self.net.width
 
+    def aim(self, rtol: float, atol: float, w: Float[Tensor, " P"], eps: float) -> float:
+        """The gap is what Λ lacks of its gain, which tells at second order only."""
+        return min(1e-5, 1e-3 * rtol)
+
     def move(self, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float = 1e-9) -> Movement:
         z0 = self.net.at(w[None]).z[0]
-        v = torch.zeros_like(w) if guess is None else guess.v
-        given = (z0 > 0).to(w) if guess is None else guess.duals.view_as(z0)
+        begun = Guess(torch.zeros_like(w), (z0 > 0).to(w).flatten()) if guess is None else guess
+        v, given = begun.v, begun.duals.view_as(z0)
         best, iterate, newton = None, None, 0
         asked: list[Tensor] = []
         given_back: list[Tensor] = []
         for _ in range(12):
-            model = self._model(w, z0, eps, v, given)
+            model = self._model(w, z0, eps, v, replace(begun, duals=given))
             if model is None:
                 break
             aim = 1e-3 if best is None else max(0.1 * tol, 1e-3 * best.gap)
             found = self._solve(model, aim, iterate)
             iterate, newton = found.iterate, newton + found.newton
-            ended = self._ended(w, eps, model, found, newton)
+            ended = self._ended(w, eps, model, found, begun)
             best = ended if best is None or ended.gap < best.gap else best
             if best.gap <= tol:
                 break
@@ -91,12 +97,13 @@ class NetMover:
             return self._solve(model, tol, None)
         return found
 
-    def _model(self, w: Tensor, z0: Tensor, eps: float, v: Tensor, given: Tensor) -> _Model | None:
+    def _model(self, w: Tensor, z0: Tensor, eps: float, v: Tensor, guess: Guess) -> _Model | None:
         """The programme at the guess w + εv, in units of the gain that its gradient promises."""
         net, leak = self.net, self.net.leak
         point = net.at((w + eps * v)[None])
         live = (point.jump[0] < 0) & net.distinct[0] & (z0.abs() <= 1.001 * eps * self._reach[:, None])
-        sides = self._sides(point, given, live)
+        given = guess.duals.view_as(z0)
+        sides = torch.where(live, given, self._off(point, given, guess))
         slopes = point.slopes(sides[None])
         h = point.gradient(slopes)[0]
         unit = eps * float(self.norm.dual(h))
@@ -134,18 +141,22 @@ class NetMover:
         m, d = self.net.width, self.net.x.shape[2]
         return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)
 
-    def _sides(self, point: Point, given: Tensor, live: Tensor) -> Float[Tensor, "N m"]:
-        """Multipliers at a guess: of hinges as they are; a kink that repels is let go to its nearer side."""
-        between = (given > 0) & (given < 1)
-        released = between & (point.jump[0] >= 0)
-        sides = torch.where(released, (given >= 0.5).to(given), (point.z[0] > 0).to(given))
-        return torch.where(live, given, sides)
+    def _released(self, point: Point, multipliers: Tensor) -> Bool[Tensor, "N m"]:
+        """Which kinks slide with these multipliers, but repel at this point."""
+        return (multipliers > 0) & (multipliers < 1) & (point.jump[0] >= 0)
+
+    def _off(self, point: Point, multipliers: Tensor, begun: Guess) -> Float[Tensor, "N m"]:
+        """The sides of pairs that nothing holds: the one that they are on, or the one to which they are released."""
+        released = self._released(point, multipliers)
+        before = multipliers.new_tensor([begun.releases])
+        sides = taken(multipliers.view(1, -1), released.view(1, -1), before, self.sides).view_as(multipliers)
+        return torch.where(released, sides, (point.z[0] > 0).to(multipliers))
 
     def _products(self, point: Point, slopes: Tensor) -> Float[Tensor, "m C d"]:
         """∂²Λ/∂a_cj∂w_j of every neuron, at fixed softmax weights."""
         return torch.einsum("nc,nm,nd->mcd", point.cotangent[0], slopes[0], self.net.x[0])
 
-    def _ended(self, w: Tensor, eps: float, model: _Model, found: Optimum, newton: int) -> Movement:
+    def _ended(self, w: Tensor, eps: float, model: _Model, found: Optimum, begun: Guess) -> Movement:
         """The end of a movement, with its own gradient and what that still promises."""
         v = model.programme.flat(found.v)
         end = w + eps * v
@@ -156,11 +167,14 @@ class NetMover:
         # of force and distance one is rounding
         near = z.abs() <= share * (1 - share) * eps * self._reach[:, None]
         holds = model.live & near & (jump < 0)
-        given = torch.where(model.live & near, share, (z > 0).to(z))
-        h = point.gradient(point.slopes(torch.where(holds, given, (given >= 0.5).to(z))[None]))[0]
+        given = torch.where(
+            holds, share, self._off(point, torch.where(model.live & near, share, begun.duals.view_as(z)), begun)
+        )
+        h = point.gradient(point.slopes(given[None]))[0]
+        releases = begun.releases + float(self._released(point, begun.duals.view_as(z)).sum())
         dual = self.norm.dual(h)
         gap = float((dual - h @ v) / dual) if float(dual) > 0 else 0.0
-        return Movement(end, v, given.flatten(), gap, newton, point.lam[0], h, given.flatten())
+        return Movement(end, v, given.flatten(), gap, 0.0, point.lam[0], h, given.flatten(), releases)
 
 
 def _reach(norm: Norm, x: Float[Tensor, "N d"], size: int) -> Float[Tensor, " N"]:
