@@ -6,7 +6,7 @@ of the same conditions with every product of a slack and its multiplier equal to
     l-infinity   λ⁺(ρ − v) = λ⁻(ρ + v) = μ,   λ⁺ − λ⁻ = g
     l1           v⁺(τ − g) = v⁻(τ + g) = τγ = μ,   v = v⁺ − v⁻,   Σ v⁺ + Σ v⁻ + γ = ρ
 
-and in a ball bounded by a smooth norm ``v`` is the gradient of the smoothed dual norm (`barriers.smoothed`). Newton's
+and in a ball bounded by a smooth norm ``v`` is the gradient of the dual norm, or g that of the norm. Newton's
 method for these conditions needs from a ball how a step of v answers to one of g:
 
     (diag(stiff) + Σ weight·low lowᵀ) dv = dg + pull.
@@ -205,7 +205,10 @@ class Cross:
 
 @dataclass(frozen=True)
 class Round:
-    """The ball of radius ρ of ℓ2 or ℓp: v follows the gradient of the smoothed dual norm, without multipliers."""
+    """The ball of radius ρ of ℓ2 or ℓp, p ≤ 2: v follows the gradient of the smoothed dual norm, without multipliers.
+
+    Like `Oval` it stays on the sphere, so that it fails where the best v is inside, as g vanishes there.
+    """
 
     v: Tensor
     norm: Norm
@@ -234,6 +237,47 @@ class Round:
         return math.inf, math.inf
 
     def after(self, turn: Turn, primal: float, dual: float) -> "Round":
+        return replace(self, v=self.v + primal * turn.v)
+
+
+@dataclass(frozen=True)
+class Oval:
+    """The ball of radius ρ of ℓp, p > 2, where v is not a smooth function of g but g is one of v:
+    g = τ∇‖v‖ with τ = ‖g‖_*. The change of ‖v‖ is held by a stiff spring.
+
+    Where a number of v vanishes so does the stiffness; there that of the v which goes with g takes its place.
+    """
+
+    v: Tensor
+    p: float
+    radius: float
+
+    @staticmethod
+    def begin(g: Tensor, radius: float, norm: Lp) -> "Oval":
+        return Oval(radius * _rounded(norm, g).slope, norm.p, radius)
+
+    def products(self) -> tuple[float, int]:
+        return 0.0, 0
+
+    def response(self, g: Tensor, mu: float, before: Turn | None = None) -> Response:
+        p, q = self.p, self.p / (self.p - 1)
+        size = torch.linalg.vector_norm(self.v, p)
+        unit = self.v / size
+        normal = torch.sign(unit) * unit.abs() ** (p - 1)
+        force = torch.linalg.vector_norm(g, q)
+        other = (g.abs() / force) ** (q - 1)
+        bend = (p - 1) * force / size * torch.maximum(unit.abs(), other).clamp_min(1e-6) ** (p - 2)
+        spring = 1e6 * force / self.radius
+        pull = g - force * normal + spring * (self.radius - size) * normal
+        return Response(bend, pull, normal[None], spring[None])
+
+    def turn(self, response: Response, g: Tensor, dv: Tensor, dg: Tensor) -> Turn:
+        return Turn(dv)
+
+    def room(self, turn: Turn) -> tuple[float, float]:
+        return math.inf, math.inf
+
+    def after(self, turn: Turn, primal: float, dual: float) -> "Oval":
         return replace(self, v=self.v + primal * turn.v)
 
 
@@ -297,6 +341,8 @@ def _one(norm: Norm, g: Tensor, mu: float, radius: float) -> Ball:
         return Box.begin(g, mu, radius)
     if isinstance(norm, L1):
         return Cross.begin(g, mu, radius)
+    if isinstance(norm, Lp) and norm.p > 2:
+        return Oval.begin(g, radius, norm)
     return Round.begin(g, radius, norm)
 
 
