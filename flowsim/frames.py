@@ -18,8 +18,8 @@ from flowsim.state import State
 
 @dataclass(frozen=True)
 class Frame:
-    """S ``(B,)``, and the factors ``(B, 1)`` that bring what is kept and h to its units; the second in two parts where
-    it would overflow."""
+    """S ``(B,)``, and the factors ``(B, 1)`` that bring what is kept and h to its units; the second in two parts
+    where it would overflow."""
 
     log_unit: Float[Tensor, " B"]
     keep: Float[Tensor, "B 1"]
@@ -39,7 +39,8 @@ class Frame:
         log_add = torch.where(log_add < torch.inf, log_add, 0.0)  # no gradient so far
         most = 0.9 * math.log(torch.finfo(state.w.dtype).max)
         excess = (log_add - most).clamp_min(0.0)
-        factors = torch.exp(torch.stack([(before - scale) + log_add, log_add - excess, excess])).to(state.w)[..., None]
+        logs = torch.stack([(before - scale) + log_add, log_add - excess, excess])
+        factors = torch.exp(logs).to(state.w)[..., None]
         return Frame(log_unit, factors[0], factors[1], factors[2] if bool((excess > 0).any()) else None)
 
     def gradient(self, state: State) -> Float[Tensor, "B P"]:

@@ -76,7 +76,7 @@ def _backward(tape: Tape, c: Tensor) -> list[Tensor]:
     """Sensitivities δ_l = ∂⟨c, f⟩/∂z_l, each ``(B, N, n_l)``, first layer first."""
     deltas = [c]
     for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        deltas.append(bmm(deltas[-1], W) * slope)
+        deltas.append(bmm(deltas[-1], W).mul_(slope))  # in place: half of the memory traffic
     return deltas[::-1]
 
 
