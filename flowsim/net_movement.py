@@ -66,10 +66,10 @@ class NetMover:
         z0 = self.net.at(w[None]).z[0]
         begun = Guess(torch.zeros_like(w), (z0 > 0).to(w).flatten()) if guess is None else guess
         v, given = begun.v, begun.duals.view_as(z0)
-        best, iterate, newton = None, None, 0
+        best, top, iterate, newton = None, None, None, 0
         asked: list[Tensor] = []
         given_back: list[Tensor] = []
-        for _ in range(12):
+        for _ in range(20):
             model = self._model(w, z0, eps, v, replace(begun, duals=given))
             if model is None:
                 break
@@ -80,8 +80,14 @@ class NetMover:
             best = ended if best is None or ended.gap < best.gap else best
             if best.gap <= tol:
                 break
-            asked, given_back = [*asked[-3:], v], [*given_back[-3:], ended.v]
-            v, given = _extrapolated(asked, given_back), ended.duals.view_as(z0)
+            if top is not None and ended.lam < top.lam:
+                # the last guess went too far
+                asked, given_back, ended = [], [], top
+                v = ended.v
+            else:
+                top, asked, given_back = ended, [*asked[-3:], v], [*given_back[-3:], ended.v]
+                v = _extrapolated(asked, given_back)
+            given = ended.duals.view_as(z0)
         return self._unmoved(w, given) if best is None else replace(best, newton=newton)
 
     def _unmoved(self, w: Tensor, given: Tensor) -> Movement:
