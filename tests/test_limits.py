@@ -102,6 +102,21 @@ def test_in_l2_tiny_steps_gain_as_much_as_the_flow(lam):
     assert ratio.item() == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("share", "tiny"), [(0.02, 500), pytest.param(0.1, 5000, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_in_linf_tiny_steps_gain_less_than_the_flow(share, tiny):
+    """From one state, over one net arclength, on the wide net; in ℓ2 both gain the same."""
+    problem, w0 = peers(20, 64, 50, 0)
+    state = fs.simulate(problem, fs.SteepestFlow(fs.L2(), rtol=1e-3), w0, until=fs.lam([5.0])).final
+    ratios = []
+    for norm in (fs.L2(), fs.Linf()):
+        length = share * float(norm.value(state.w))
+        ratios.append(gain_ratio(problem, fs.SteepestFlow(norm, rtol=1e-3), state, length=length, tiny=tiny).item())
+    assert ratios[0] == pytest.approx(1, abs=2e-3)
+    assert ratios[1] > 1.05
+
+
 @pytest.mark.parametrize(("seed", "lam"), [(0, 5.0), (1, 5.0), (2, 0.0)])
 def test_in_linf_tiny_steps_rise_more_slowly_than_the_flow(seed, lam):
     """The slope of the flow at a place on many kinks, by a linear programme, against sign steps."""
