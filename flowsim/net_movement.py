@@ -51,8 +51,8 @@ class NetMover:
         self._signs = _signs(problem, w)
         rows, examples = len(self._signs), self.net.x.shape[1]
         of = torch.arange(rows, device=w.device) // (rows // examples)
-        self._of, self._share = self.net.representative[0][of], self.net.coefficient[0][of]
-        self._own = of
+        # each row's example, the first example parallel to it, and the multiple that it is of that
+        self._own, self._of, self._share = of, self.net.representative[0][of], self.net.coefficient[0][of]
 
     @property
     def duals(self) -> int:
@@ -105,43 +105,45 @@ class NetMover:
 
     def _model(self, w: Tensor, z0: Tensor, eps: float, v: Tensor, guess: Guess) -> _Model | None:
         """The programme at the guess w + εv, in units of the gain that its gradient promises."""
-        net, leak = self.net, self.net.leak
-        point = net.at((w + eps * v)[None])
-        live = (point.jump[0] < 0) & net.distinct[0] & (z0.abs() <= 1.001 * eps * self._reach[:, None])
+        point = self.net.at((w + eps * v)[None])
+        live = (point.jump[0] < 0) & self.net.distinct[0] & (z0.abs() <= 1.001 * eps * self._reach[:, None])
         given = guess.duals.view_as(z0)
-        sides = torch.where(live, given, self._off(point, given, guess))
-        slopes = point.slopes(sides[None])
-        h = point.gradient(slopes)[0]
-        unit = eps * float(self.norm.dual(h))
+        slopes = point.slopes(torch.where(live, given, self._off(point, given, guess))[None])
+        unit = eps * float(self.norm.dual(point.gradient(slopes)[0]))
         if not 0 < unit < math.inf:
             return None
-        scale, offset = touching(self.problem.loss, point.outputs, net.y)
-        signs = scale[:, None] * self._signs
-        pull = signs @ point.last[0]
-        kinked, share = live[self._of], self._share[:, None]
-        bent = leak * share + (1 - leak) * share.clamp_max(0)
-        slope = torch.where(kinked, pull * bent, pull * share * slopes[0][self._own])
-        kinks = torch.where(kinked, -(1 - leak) * pull * share.abs(), 0.0)
-        ends = torch.einsum("rc,rm->mcr", signs, point.hidden[0][self._own])
-        curb = (eps * eps / unit) * _curb(self._products(point, slopes), self._blocked(v))
+        scale, margins = touching(self.problem.loss, point.outputs, self.net.y)
+        slope, kinks, ends = self._rows(point, slopes, live, scale[:, None] * self._signs)
         programme = Programme(
-            x=net.x[0],
+            x=self.net.x[0],
             of=self._of,
-            slope=slope.mT * (eps / unit),
+            slope=slope * (eps / unit),
             ends=ends * (eps / unit),
-            kinks=kinks.mT * (eps / unit),
+            kinks=kinks * (eps / unit),
             live=live.mT,
             z=z0.mT / eps,
-            offset=torch.zeros_like(offset),
+            offset=margins / unit,
             temperature=1 / unit,
-            curb=curb,
-            centre=w.new_zeros(net.width, curb.shape[1]),
+            curb=(eps * eps / unit) * _curb(self._products(point, slopes), self._blocked(v)),
+            centre=self._blocked(v),
         )
-        centre = self._blocked(v)
+        # at the guess the model's margins are those of the net
         hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / eps
-        offset = offset / unit - programme.rows(centre) + programme.taken(hinges)
-        programme = replace(programme, offset=offset - offset.amin(), centre=centre)
-        return _Model(programme, unit, live)
+        offset = programme.offset - programme.rows(programme.centre) + programme.taken(hinges)
+        return _Model(replace(programme, offset=offset - offset.amin()), unit, live)
+
+    def _rows(self, point: Point, slopes: Tensor, live: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How margins depend on inner weights off their hinges ``(m, R)``, on hinges ``(m, R)``, and on outer weights
+        ``(m, C, R)``, with ``signs (R, C)`` how they depend on outputs.
+
+        Activations are those of the first parallel input: for x_r = c·x the hinge of ⟨x_r, w⟩ is |c|(s − z) if c < 0.
+        """
+        leak, share = self.net.leak, self._share[:, None]
+        pull, hinged = signs @ point.last[0], live[self._of]
+        beside = leak * share + (1 - leak) * share.clamp_max(0)
+        slope = torch.where(hinged, pull * beside, pull * share * slopes[0][self._own])
+        kinks = torch.where(hinged, -(1 - leak) * pull * share.abs(), 0.0)
+        return slope.mT, kinks.mT, torch.einsum("rc,rm->mcr", signs, point.hidden[0][self._own])
 
     def _blocked(self, v: Float[Tensor, " P"]) -> Float[Tensor, "m D"]:
         m, d = self.net.width, self.net.x.shape[2]
