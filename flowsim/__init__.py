@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flowsim import clocks, closed_forms, data, diagnostics, identities, plots, reference
     from flowsim.adaptive import AdaGrad, Adam, AdamW, Adaptive, RMSProp
+    from flowsim.approach import Order, OrderStudy, order_study
     from flowsim.block_norms import Euclidean, Max, Sum, modular
     from flowsim.branches import BranchFan, branch_fan
     from flowsim.certificate import Certificate
     from flowsim.clocks import arclength, lam, steps, time
+    from flowsim.comparison import Comparison, compare
     from flowsim.constraints import frank_wolfe_gap
     from flowsim.descent import CoordinateDescent, GradientDescent, SignDescent, Signum, SmallStep, SteepestDescent
     from flowsim.dissipation import Clipping, DissipationFlow, Huber, SmoothSign
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "certificate": ["Certificate"],
+    "approach": ["Order", "OrderStudy", "order_study"],
+    "comparison": ["Comparison", "compare"],
     "adaptive": ["AdaGrad", "Adam", "AdamW", "Adaptive", "RMSProp"],
     "branches": ["BranchFan", "branch_fan"],
     "clocks": ["arclength", "lam", "steps", "time"],

@@ -1,4 +1,4 @@
-"""The command line: ``flowsim demo``, ``flowsim init``, ``flowsim run``. Heavy imports wait inside the commands."""
+"""The command line: ``flowsim demo``, ``init``, ``run`` and ``compare``. Heavy imports wait inside the commands."""
 
 import sys
 from importlib.resources import files
@@ -12,6 +12,7 @@ from flowsim import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flowsim.comparison import Comparison
     from flowsim.experiment import Experiment
     from flowsim.trajectory import Trajectory
 
@@ -60,10 +61,49 @@ def init(config: Path, overwrite: bool) -> None:
 def run(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
     """Run the experiment that CONFIG describes; results go to runs/<its name> unless --output says where."""
     experiment = _experiment(config)
+    _execute(experiment, _free(experiment, output, overwrite), progress=not no_progress)
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_output
+@_overwrite
+@_quiet
+def compare(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
+    """Hold the rules that CONFIG describes against the first flow among them, with a figure and distances.csv."""
+    from flowsim import plots
+
+    experiment = _experiment(config)
+    directory = _free(experiment, output, overwrite)
+    console = _console(experiment)
+    try:
+        found = experiment.compare(directory, progress=not no_progress)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    runs = {found.flow.label: found.flow, **found.runs}
+    _print_table(console, runs, directory)
+    _print_distances(console, found)
+    figures = plots.save(plots.comparison(found), directory / "compare", runs)
+    console.print("Figures: " + ", ".join(str(path) for path in figures))
+    console.print(f"Runs:   {directory}/  (distances at every save point in distances.csv)")
+
+
+def _free(experiment: "Experiment", output: Path | None, overwrite: bool) -> Path:
+    """The directory for the results, if it may be written."""
     directory = output or Path("runs") / experiment.name
     if (directory / "config.toml").exists() and not overwrite:
         raise click.ClickException(f"{directory} holds results already; choose another --output, or add --overwrite")
-    _execute(experiment, directory, progress=not no_progress)
+    return directory
+
+
+def _console(experiment: "Experiment") -> "Console":
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
+    console.print(
+        f"flowsim {__version__}: {experiment.name}, {len(experiment.rules)} runs of {len(experiment.seeds)} seeds"
+    )
+    return console
 
 
 def _experiment(config: Path) -> "Experiment":
@@ -77,15 +117,9 @@ def _experiment(config: Path) -> "Experiment":
 
 def _execute(experiment: "Experiment", directory: Path, *, progress: bool) -> None:
     """Run, save, draw and print."""
-    from rich.console import Console
-
     from flowsim import plots
 
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 190, highlight=False)
-    console.print(
-        f"flowsim {__version__}: {experiment.name}, {len(experiment.rules)} runs of {len(experiment.seeds)} seeds"
-    )
+    console = _console(experiment)
     try:
         runs = experiment.run(directory, progress=progress)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -119,6 +153,25 @@ def _print_table(console: "Console", runs: "dict[str, Trajectory]", directory: P
         table.add_row(*(value if isinstance(value, str) else _short(name, value) for name, value in row.items()))
     console.print(table)
 
+
+def _print_distances(console: "Console", found: "Comparison") -> None:
+    """The largest distances of each run from the flow, as medians over seeds."""
+    import numpy as np
+    from rich.table import Table
+
+    table = Table(caption="Largest distance from the flow; medians over seeds.", caption_justify="left")
+    columns = [("weights", "log_time"), ("weights", "nearest"), ("direction", "lam"), ("outputs", "log_time")]
+    table.add_column("run")
+    for what, at in columns:
+        table.add_column(f"{what}, {_PLACES[at]}", justify="right")
+    for label in found.labels:
+        far = [found[label, what, at] for what, at in columns]
+        largest = [np.fmax.reduce(value, axis=0) for value in far]  # of what is known
+        table.add_row(label, *(_short("distance", float(np.median(value))) for value in largest))
+    console.print(table)
+
+
+_PLACES = {"log_time": "equal t", "lam": "equal Λ", "nearest": "nearest point"}
 
 _TITLES = {
     "t0": "t₀",

@@ -5,6 +5,7 @@ This is where the words of a configuration become objects; everything else in fl
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,10 +16,11 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from flowsim import data, diagnostics, losses, nets, plots
+from flowsim.comparison import Comparison, compare
 from flowsim.data import Data
 from flowsim.nets import Net
 from flowsim.problem import Problem
-from flowsim.rules import AnyRule, Part, Until, Whole
+from flowsim.rules import AnyRule, Dissipation, Flow, Part, Until, Whole
 from flowsim.simulation import simulate
 from flowsim.state import Rule, Status
 from flowsim.trajectory import Trajectory
@@ -197,6 +199,41 @@ class Experiment(Part):
             if Status.INTERRUPTED in run.statuses:
                 break
         return runs
+
+    def compare(self, directory: str | Path | None = None, *, progress: bool = False) -> Comparison:
+        """Run the first flow among the rules and hold all others against it, as `flowsim.compare` does.
+
+        With a directory, all that `run` saves is there as well, and ``distances.csv``. Where rules have an ``until``
+        of their own, the flow goes as far as the furthest of them.
+        """
+        flow = next((part for part in self.rules if isinstance(part, Flow | Dissipation)), None)
+        others = [part for part in self.rules if part is not flow]
+        if flow is None or not others:
+            raise ValueError(
+                f"compare: got rules of kind {', '.join(part.kind for part in self.rules)}, expected a flow and one "
+                'other at least; try kind = "flow"'
+            )
+        problem, test, w = self.problem()
+        self._rules(problem)
+        reference = flow.rule(problem.layout)
+        reference.start(problem.like(w), w)
+        runs = self.model_copy(update={"rules": others}).run(directory, progress=progress)
+        found = compare(
+            problem,
+            reference,
+            runs,
+            w,
+            until=(flow.until or self.until).schedule(),
+            observe=diagnostics.standard(problem, test),
+            max_steps=flow.max_steps,
+            progress=progress,
+        )
+        found = replace(found, flow=replace(found.flow, label=flow.label or reference.label))
+        if directory is not None:
+            self.write(Path(directory) / "config.toml")
+            found.flow.save(Path(directory) / slug(found.flow.label))
+            found.write(Path(directory) / "distances.csv")
+        return found
 
     def _rules(self, problem: Problem) -> dict[str, Rule]:
         """The rules by label."""

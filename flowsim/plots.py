@@ -2,8 +2,8 @@
 
 ``runs`` is a Trajectory or a mapping from labels to trajectories. A curve is the median over seeds, its band the 10th
 to 90th percentile. Colours and dashes follow the order of the mapping, so that they agree between figures. Pictures
-of a single run are in `portraits`. Nothing here sets global state or shows a window; `save` writes vector and pixel
-files and the data of the figure.
+of a single run are in `portraits`, those of discrete runs beside a flow in `beside`. Nothing here sets global state
+or shows a window; `save` writes vector and pixel files and the data of the figure.
 """
 
 import csv
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flowsim.beside import apart, compare, comparison, order
 from flowsim.curves import (
     AXES,
     NORMS,
@@ -42,8 +43,11 @@ from flowsim.trajectory import Trajectory
 
 __all__ = [
     "alignment",
+    "apart",
     "bands",
     "certificate",
+    "compare",
+    "comparison",
     "crossing",
     "energy",
     "gap",
@@ -53,6 +57,7 @@ __all__ = [
     "multipliers",
     "neurons",
     "norms",
+    "order",
     "overview",
     "position",
     "residuals",
