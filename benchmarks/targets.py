@@ -139,6 +139,53 @@ def papers_size(tables: dict[str, Rows]) -> list[float]:
     return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(totals)]
 
 
+def polyhedral(norm: str, measure: Callable[[Rows], float]) -> Callable[[dict[str, Rows]], Iterable[float]]:
+    """Of each problem of the flows in one norm."""
+
+    def each(tables: dict[str, Rows]) -> list[float]:
+        rows = [r for r in tables.get("05_polyhedral_nets", []) if (r["part"], r["norm"]) == ("flows", norm)]
+        return [measure(found) for found in problems(rows)]
+
+    return each
+
+
+def last(column: str, tolerance: float) -> Callable[[Rows], float]:
+    """What a flow has at Λ = 10⁴."""
+
+    def measure(rows: Rows) -> float:
+        found = at(rows, tolerance=tolerance, milestone=LEVELS[3])
+        return found[0][column] if found else math.inf
+
+    return measure
+
+
+def refined(level: str) -> Callable[[Rows], float]:
+    """How far the soft margins of two tolerances are apart."""
+
+    def measure(rows: Rows) -> float:
+        found = [r["soft_margin"] for t in (1e-2, 3e-3) for r in at(rows, tolerance=t, milestone=level)]
+        return abs(found[0] / found[1] - 1) if len(found) == 2 else math.inf
+
+    return measure
+
+
+def wider_in(norm: str) -> Callable[[dict[str, Rows]], list[float]]:
+    """Steps to Λ = 2 at the largest width over those at the smallest."""
+
+    def measure(tables: dict[str, Rows]) -> list[float]:
+        rows = [r for r in tables.get("05_polyhedral_nets", []) if (r["part"], r["norm"]) == ("width", norm)]
+        steps = {r["width"]: r["steps"] for r in rows}
+        return [steps[max(steps)] / steps[min(steps)]] if len(steps) > 1 else []
+
+    return measure
+
+
+def coordinates(tables: dict[str, Rows]) -> list[float]:
+    """CPU seconds of the flow in ℓ1 to Λ = 20."""
+    rows = [r for r in tables.get("05_polyhedral_nets", []) if r["part"] == "l1"]
+    return [r["cpu_seconds"] if r["milestone"] == "level 20" else math.inf for r in rows]
+
+
 def ladder(goals: dict[str, int], error: float, judged: Callable[[str], tuple[str, ...]], words: str) -> list[Target]:
     return [
         Target("ℓ2", f"gradients to {name}, {words}", most, nets(cheapest(name, error, judged(name))))
@@ -181,11 +228,26 @@ TARGETS = [
         lambda tables: [row["share"] for row in tables["04_diagnostics"] if row["rule"] == "all of the demo"],
     ),
     Target("width", "steps to mean loss 1e-10, largest width over 64", 1.5, wider),
+    *(
+        Target(f"{name}, nets", what, most, polyhedral(norm, measure))
+        for norm, name in (("linf", "ℓ∞"), ("max l2", "max of ℓ2"))
+        for what, most, measure in (
+            ("CPU seconds to Λ = 10⁴, rtol 1e-2", 5, last("cpu_seconds", 1e-2)),
+            (f"soft margins of rtol 1e-2 and 3e-3 apart at {LEVELS[0]}", 1e-3, refined(LEVELS[0])),
+            (f"the same at {LEVELS[1]}", 3e-3, refined(LEVELS[1])),
+            ("energy balance to Λ = 10⁴, rtol 3e-3", 1e-4, last("energy_defect", 3e-3)),
+        )
+    ),
+    *(
+        Target(f"{name}, nets", "steps to Λ = 2, largest width over 64", 1.5, wider_in(norm))
+        for norm, name in (("linf", "ℓ∞"), ("max l2", "max of ℓ2"))
+    ),
+    Target("ℓ1, nets", "CPU seconds to Λ = 20, rtol 1e-2", 10, coordinates),
 ]
 
 
 def main() -> None:
-    names = ("02_l2_relu_net", "02_width", "03_linear_models", "04_diagnostics")
+    names = ("02_l2_relu_net", "02_width", "03_linear_models", "04_diagnostics", "05_polyhedral_nets")
     tables = {name: read(RESULTS / f"{name}.csv") for name in names if (RESULTS / f"{name}.csv").exists()}
     every = [row for rows in tables.values() for row in rows]
     settled = [row for row in at(tables["02_l2_relu_net"]) if row["milestone"] in LEVELS[:2]]
