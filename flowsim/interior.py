@@ -273,7 +273,8 @@ def _advanced(programme: Programme, at: Iterate, gap: float, tol: float) -> Iter
     up, down = at.up + dual * affine.up, at.down + dual * affine.down
     above, s = at.gap_up + primal * affine.gap_up, at.s + primal * affine.s
     ahead += float(torch.where(live, up * above + down * s, 0.0).sum())
-    centring = min(0.8, max(1e-4, (max(ahead, 0.0) / max(mu * number, 1e-300)) ** 3))
+    left = min(1.0, max(ahead, 0.0) / max(mu * number, 1e-300))  # what the predictor leaves of the products
+    centring = min(0.8, max(1e-4, left**3))
     if min(primal, dual) < 0.1:
         centring = max(centring, 0.3)
     # products far below the gap, or below the one that is asked for, only make the equations worse
