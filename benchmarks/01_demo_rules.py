@@ -1,8 +1,8 @@
 """What do the demo's rules cost, in gradient evaluations and seconds?
 
-Baseline: the same updates as a plain loop of torch autograd, one seed after the other. Both are first checked to
-give the same weights. Writes results/01_demo_rules.csv. Usage: python benchmarks/01_demo_rules.py [--device cuda]
-"""
+Baseline: the same updates as a plain loop of torch autograd, one seed after the other. Both are
+first checked to give the same weights. Writes results/01_demo_rules.csv. Usage: python
+benchmarks/01_demo_rules.py [--device cuda]"""
 
 import argparse
 import csv
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import flowsim as fs
-from flowsim.descent import SmallStep
-from flowsim.experiment import Experiment
-from flowsim.provenance import machine, software
+from flowsim.descent.small_step import SmallStep
+from flowsim.experiment.experiment import Experiment
+from flowsim.run.provenance import machine, software
 
 CHECKED, TIMED = 50, 400  # baseline steps compared, and timed
 RESULTS = Path(__file__).parent / "results" / "01_demo_rules.csv"
@@ -70,10 +70,16 @@ def measure(experiment: Experiment, device: str) -> list[dict]:
         few = fs.simulate(problem, rule, w0, until=fs.steps([CHECKED]))  # also warms up
         same, _ = baseline(rule, problem, w0, width, CHECKED)
         difference = float((few.final.w.cpu() - same).abs().max() / same.abs().max())
-        assert difference < 1e-9, f"{rule.label}: weights differ from the baseline by {difference:g}"
+        assert difference < 1e-9, (
+            f"{rule.label}: weights differ from the baseline by {difference:g}"
+        )
         began = time.perf_counter()
         run = fs.simulate(
-            problem, rule, w0, until=(part.until or experiment.until).schedule(), max_steps=part.max_steps
+            problem,
+            rule,
+            w0,
+            until=(part.until or experiment.until).schedule(),
+            max_steps=part.max_steps,
         )
         seconds = time.perf_counter() - began
         gradients = float(run.final.tallies["gradients"].sum())

@@ -1,9 +1,11 @@
-"""What does the true ℓ2 flow of a ReLU net cost, and how accurate is it, against plain loops and ODE solvers?
+"""What does the true ℓ2 flow of a ReLU net cost, and how accurate is it, against plain loops and
+ODE solvers?
 
-Two-layer nets on random labels, exponential loss. The reference for soft margins is a loop of small Euler steps on
-the log-loss, refined until it settles; it takes too long beyond a mean loss of 1e-100, where the reference is the
-flow at its finest tolerance. Times t are of the mean loss. Both gradients are first checked to be the same. Where
-sliding pairs were *released*, flow and loop may have left on different sides, so that both can be right.
+Two-layer nets on random labels, exponential loss. The reference for soft margins is a loop of small
+Euler steps on the log-loss, refined until it settles; it takes too long beyond a mean loss of
+1e-100, where the reference is the flow at its finest tolerance. Times t are of the mean loss. Both
+gradients are first checked to be the same. Where sliding pairs were *released*, flow and loop may
+have left on different sides, so that both can be right.
 
 Writes results/02_l2_relu_net.csv, results/02_width.csv and results/02_work_precision.pdf.
 Usage: python benchmarks/02_l2_relu_net.py [--part loops|flows|times|width|plot ...] [--seeds 3]
@@ -30,12 +32,14 @@ TABLE = RESULTS / "02_l2_relu_net.csv"
 TIMES, SOLVERS = (3.0, 30.0), (1e-4, 1e-6)  # flow times, and tolerances of the ODE solvers
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is compared
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def flow(net: Net, rtol: float, until: Any, max_steps: int = 100_000) -> tuple[fs.Trajectory, list[dict[str, Any]]]:
+def flow(
+    net: Net, rtol: float, until: Any, max_steps: int = 100_000
+) -> tuple[fs.Trajectory, list[dict[str, Any]]]:
     """The flow, and a row for each save point after the start."""
     problem, w0 = net.problem()
     rule = fs.SteepestFlow(fs.L2(), rtol=rtol)
@@ -47,9 +51,15 @@ def flow(net: Net, rtol: float, until: Any, max_steps: int = 100_000) -> tuple[f
             "method": "flowsim",
             "tolerance": rtol,
             "reached": True,
-            **{name: int(run[f"tally_{name}"][k, 0]) for name in ("gradients", "rejected", "releases", "sliding")},
+            **{
+                name: int(run[f"tally_{name}"][k, 0])
+                for name in ("gradients", "rejected", "releases", "sliding")
+            },
             "steps": int(run["tally_accepted"][k, 0]),
-            **{name: run[name][k, 0] for name in ("seconds", "cpu_seconds", "lam", "log_time", "soft_margin")},
+            **{
+                name: run[name][k, 0]
+                for name in ("seconds", "cpu_seconds", "lam", "log_time", "soft_margin")
+            },
             "energy_defect": abs(spent[k] / rise[k] - 1),
         }
         for k in range(1, len(rise))
@@ -57,9 +67,9 @@ def flow(net: Net, rtol: float, until: Any, max_steps: int = 100_000) -> tuple[f
     return run, [row for row in rows if np.isfinite(row["lam"])]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check(net: Net) -> None:
@@ -81,12 +91,18 @@ def largest_fall(net: Net, steps: int) -> float:
 
 def loops(net: Net) -> list[dict[str, Any]]:
     names, levels = list(net.levels)[:2], list(net.levels.values())[:2]
-    return [{"milestone": name} | row for c in EULER for name, row in zip(names, euler(net, c, levels), strict=True)]
+    return [
+        {"milestone": name} | row
+        for c in EULER
+        for name, row in zip(names, euler(net, c, levels), strict=True)
+    ]
 
 
 def flows(net: Net) -> list[dict[str, Any]]:
     runs = [flow(net, rtol, fs.lam(list(net.levels.values())))[1] for rtol in TOLERANCES]
-    rows = [{"milestone": name} | row for run in runs for name, row in zip(net.levels, run, strict=True)]
+    rows = [
+        {"milestone": name} | row for run in runs for name, row in zip(net.levels, run, strict=True)
+    ]
     rows[-1]["largest_fall"] = largest_fall(net, runs[TOLERANCES.index(1e-3)][-1]["steps"])
     return rows
 
@@ -102,7 +118,8 @@ def times(net: Net) -> list[dict[str, Any]]:
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Write errors into all rows of one problem: of the soft margin at levels, of the loss at times."""
+    """Write errors into all rows of one problem: of the soft margin at levels, of the loss at
+    times."""
     for milestone in {row["milestone"] for row in rows}:
         here = [row for row in rows if row["milestone"] == milestone and row["reached"]]
         small_steps = [row for row in here if row["method"].startswith("Euler")]
@@ -133,7 +150,9 @@ def update(path: Path, net: Net, part: str, fresh: list[dict[str, Any]]) -> None
     write(sorted(rows, key=lambda row: (row["d"], row["seed"], row["part"])), path)
 
 
-def width(net: Net, levels: list[str], max_steps: int = 100_000, chunk: int = 0) -> list[dict[str, Any]]:
+def width(
+    net: Net, levels: list[str], max_steps: int = 100_000, chunk: int = 0
+) -> list[dict[str, Any]]:
     """Steps to each level or, where no level is in reach, the cost of steps in chunks."""
     if not chunk:
         rows = flow(net, 1e-3, fs.lam([net.levels[name] for name in levels]))[1]
@@ -149,18 +168,29 @@ def line(net: Net, row: dict[str, Any]) -> dict[str, Any]:
     """A row as it is written."""
     row = {name: row[name] for name in ("method", "tolerance", "milestone")} | row
     digits = {"soft_margin": 10, "lam": 10, "log_time": 10, "mean_loss": 8}
-    printed = {k: f"{v:.{digits.get(k, 4)}g}" if isinstance(v, float) else v for k, v in row.items()}
+    printed = {
+        k: f"{v:.{digits.get(k, 4)}g}" if isinstance(v, float) else v for k, v in row.items()
+    }
     return net.columns | printed | surroundings()
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Error of the soft margin against gradients: a line for each seed, open where kinks were released."""
-    looks = {"flowsim": ("-", "o", "true flow"), "Euler on the log-loss": ("--", "s", "Euler, small steps")}
+    """Error of the soft margin against gradients: a line for each seed, open where kinks were
+    released."""
+    looks = {
+        "flowsim": ("-", "o", "true flow"),
+        "Euler on the log-loss": ("--", "s", "Euler, small steps"),
+    }
     sizes = list(dict.fromkeys((row["d"], row["n"]) for row in rows))
     names = ("mean loss 1e-10", "mean loss 1e-100")
     with fs.plots.style():
         fig, axes = plt.subplots(
-            len(sizes), 2, figsize=(6.75, 2.4 * len(sizes)), sharey=True, layout="constrained", squeeze=False
+            len(sizes),
+            2,
+            figsize=(6.75, 2.4 * len(sizes)),
+            sharey=True,
+            layout="constrained",
+            squeeze=False,
         )
         for ax, (size, name) in zip(axes.flat, ((s, m) for s in sizes for m in names), strict=True):
             here = [r for r in rows if (r["d"], r["n"]) == size and r["milestone"] == name]
@@ -168,15 +198,30 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 looks.items(), mpl.color_sequences["petroff10"], strict=False
             ):
                 for seed in sorted({r["seed"] for r in here}):
-                    curve = [r for r in here if (r["method"], r["seed"]) == (method, seed) and r["error"]]
-                    ax.plot([r["gradients"] for r in curve], [r["error"] for r in curve], dash, color=colour, lw=0.8)
+                    curve = [
+                        r for r in here if (r["method"], r["seed"]) == (method, seed) and r["error"]
+                    ]
+                    ax.plot(
+                        [r["gradients"] for r in curve],
+                        [r["error"] for r in curve],
+                        dash,
+                        color=colour,
+                        lw=0.8,
+                    )
                     for r in curve:
                         face = "white" if r["releases"] else colour
                         ax.plot(r["gradients"], r["error"], marker, color=colour, mfc=face, ms=3.5)
                 ax.plot([], [], dash, marker=marker, color=colour, ms=3.5, label=label)
             spread = [r["reference_spread"] for r in here if r["method"] == "flowsim"]
-            ax.axhspan(1e-9, max(spread), color="0.5", alpha=0.15, lw=0, label="reference not settled")
-            ax.set(xscale="log", yscale="log", title=f"$d = {size[0]}$, $n = {size[1]}$, {name}", ylim=(1e-7, 0.2))
+            ax.axhspan(
+                1e-9, max(spread), color="0.5", alpha=0.15, lw=0, label="reference not settled"
+            )
+            ax.set(
+                xscale="log",
+                yscale="log",
+                title=f"$d = {size[0]}$, $n = {size[1]}$, {name}",
+                ylim=(1e-7, 0.2),
+            )
         fig.supxlabel("gradient evaluations", fontsize=8)
         fig.supylabel("relative error of the soft margin", fontsize=8)
         axes[0, 0].legend(frameon=False)
@@ -185,7 +230,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--part", nargs="+", default=["loops", "flows", "times", "width", "plot"])
+    arguments.add_argument(
+        "--part", nargs="+", default=["loops", "flows", "times", "width", "plot"]
+    )
     arguments.add_argument("--seeds", type=int, default=3)
     options = arguments.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
 """How many steps take the flow of a linear model to its largest margin, in ℓ1, ℓ2 and ℓ∞?
 
-Exponential loss on separable Gaussian data, from w = 0. γ* is the largest margin by a convex solver, and
-‖∇Λ‖_*/γ* − 1 ≥ 0 a certificate: it is zero only at the largest margin. Baselines: small explicit steps and, in ℓ2,
-torchdiffeq's dopri5 on the log-loss. Weak duality is checked before anything is timed. Writes
-results/03_linear_models.csv. Usage: python benchmarks/03_linear_models.py [--seeds 3]
-"""
+Exponential loss on separable Gaussian data, from w = 0. γ* is the largest margin by a convex
+solver, and ‖∇Λ‖_*/γ* − 1 ≥ 0 a certificate: it is zero only at the largest margin. Baselines: small
+explicit steps and, in ℓ2, torchdiffeq's dopri5 on the log-loss. Weak duality is checked before
+anything is timed. Writes results/03_linear_models.csv. Usage: python benchmarks/03_linear_models.py
+[--seeds 3]"""
 
 import argparse
 from typing import Any
@@ -33,13 +33,20 @@ def largest_margin(z: np.ndarray, norm: str) -> float:
         return (z @ w).min() / np.linalg.norm(w)
     if norm == "linf":
         bounds = [(-1, 1)] * d + [(None, None)]
-        return -linprog(np.append(np.zeros(d), -1), np.c_[-z, np.ones(n)], np.zeros(n), bounds=bounds).fun
+        return -linprog(
+            np.append(np.zeros(d), -1), np.c_[-z, np.ones(n)], np.zeros(n), bounds=bounds
+        ).fun
     bounds = [(0, None)] * (2 * d) + [(None, None)]
-    constraints = np.vstack([np.c_[-z, z, np.ones(n)], np.append(np.ones(2 * d), 0)]), np.append(np.zeros(n), 1)
+    constraints = (
+        np.vstack([np.c_[-z, z, np.ones(n)], np.append(np.ones(2 * d), 0)]),
+        np.append(np.zeros(n), 1),
+    )
     return -linprog(np.append(np.zeros(2 * d), -1), *constraints, bounds=bounds).fun
 
 
-def simulated(rule: Any, problem: fs.Problem, norm: fs.L2, best: float, levels: list[float]) -> list[dict[str, Any]]:
+def simulated(
+    rule: Any, problem: fs.Problem, norm: fs.L2, best: float, levels: list[float]
+) -> list[dict[str, Any]]:
     """A row for each level that the run has reached."""
     w0, bound = torch.zeros(1, problem.size, dtype=torch.float64), norm.bind(problem.layout)
     observe = {
@@ -52,11 +59,17 @@ def simulated(rule: Any, problem: fs.Problem, norm: fs.L2, best: float, levels: 
     for k, level in enumerate(levels, 1):
         row = {"level": f"{level:g}", "reached": bool(np.isfinite(run["lam"][k, 0]))}
         if row["reached"]:
-            row |= {"steps": int(run["tally_accepted"][k, 0]), "rejected": int(run["tally_rejected"][k, 0])}
+            row |= {
+                "steps": int(run["tally_accepted"][k, 0]),
+                "rejected": int(run["tally_rejected"][k, 0]),
+            }
             row |= {"events": int(run["tally_events"][k, 0])} if "tally_events" in run else {}
             row |= {"gradients": int(run["tally_gradients"][k, 0])}
             row |= {name: float(run[name][k, 0]) for name in ("seconds", "cpu_seconds")}
-            row |= {"margin_gap": 1 - run["margin"][k, 0] / best, "dual_gap": run["dual"][k, 0] / best - 1}
+            row |= {
+                "margin_gap": 1 - run["margin"][k, 0] / best,
+                "dual_gap": run["dual"][k, 0] / best - 1,
+            }
         else:
             row |= {"note": run.statuses[0].sentence, "lam": float(run.final.readings["lam"])}
         rows.append(row)
@@ -80,7 +93,9 @@ def solver(problem: fs.Problem, best: float, level: float, rtol: float) -> dict[
     row: dict[str, Any] = {"level": f"{level:g}"}
     watch = Stopwatch()
     try:
-        w = odeint(field, w0, torch.tensor([start, level]).double(), rtol=rtol, atol=1e-3 * rtol)[-1]
+        w = odeint(field, w0, torch.tensor([start, level]).double(), rtol=rtol, atol=1e-3 * rtol)[
+            -1
+        ]
         gaps = 1 - float((z @ w).min() / w.norm()) / best, float(gradient(w).norm()) / best - 1
         row |= {"reached": True, "margin_gap": gaps[0], "dual_gap": gaps[1]}
         row |= {"lam": -float(torch.logsumexp(-(z @ w), 0))}
@@ -98,8 +113,12 @@ def measure(d: int, seed: int) -> list[dict[str, Any]]:
         best = largest_margin(z, name)
         found = [{"method": "convex solver"} | watch.read()]
         early = simulated(fs.SteepestFlow(norm), problem, norm, best, [50.0])[0]  # also warms up
-        assert early["margin_gap"] > -1e-9, f"{name}: margin above the largest one by {-early['margin_gap']:g}"
-        assert early["dual_gap"] > -1e-9, f"{name}: dual norm below the largest margin by {-early['dual_gap']:g}"
+        assert early["margin_gap"] > -1e-9, (
+            f"{name}: margin above the largest one by {-early['margin_gap']:g}"
+        )
+        assert early["dual_gap"] > -1e-9, (
+            f"{name}: dual norm below the largest margin by {-early['dual_gap']:g}"
+        )
         runs = {
             ("flowsim", fs.SteepestFlow(norm).rtol): (fs.SteepestFlow(norm), LEVELS),
             ("small steps", SMALL_STEP): (fs.SmallStep(norm, dlam=SMALL_STEP), BASELINE_LEVELS),
@@ -117,7 +136,9 @@ def measure(d: int, seed: int) -> list[dict[str, Any]]:
 
 
 def printable(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: f"{v:.{10 if k == 'lam' else 4}g}" if isinstance(v, float) else v for k, v in row.items()}
+    return {
+        k: f"{v:.{10 if k == 'lam' else 4}g}" if isinstance(v, float) else v for k, v in row.items()
+    }
 
 
 def main() -> None:

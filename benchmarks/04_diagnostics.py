@@ -1,8 +1,8 @@
-"""What do the measurements cost? Standard diagnostics and certificates at 100 save points of the demo's runs.
+"""What do the measurements cost? Standard diagnostics and certificates at 100 save points of the
+demo's runs.
 
-Every measurement is timed where it is made, in CPU time, and compared with the rest of its run. Writes
-results/04_diagnostics.csv. Usage: python benchmarks/04_diagnostics.py
-"""
+Every measurement is timed where it is made, in CPU time, and compared with the rest of its run.
+Writes results/04_diagnostics.csv. Usage: python benchmarks/04_diagnostics.py"""
 
 import time
 from collections.abc import Callable
@@ -13,13 +13,15 @@ import torch
 from common import RESULTS, Stopwatch, surroundings, write
 
 import flowsim as fs
-from flowsim.certificate import witness
-from flowsim.experiment import Experiment
+from flowsim.diagnostics.certificate import witness
+from flowsim.experiment.experiment import Experiment
 
 SAVES = 100
 
 
-def timed(measures: dict[str, Callable[..., Any]], spent: list[float]) -> dict[str, Callable[..., Any]]:
+def timed(
+    measures: dict[str, Callable[..., Any]], spent: list[float]
+) -> dict[str, Callable[..., Any]]:
     """The measures, which add their CPU seconds to ``spent``."""
 
     def wrapped(measure: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +47,9 @@ def measure(experiment: Experiment) -> list[dict[str, Any]]:
         observe |= timed({f"own_{k}": f for k, f in witness(problem, rule).items()}, certificate)
         watch = Stopwatch()
         schedule = until.model_copy(update={"saves": SAVES}).schedule()
-        run = fs.simulate(problem, rule, w0, until=schedule, observe=observe, max_steps=part.max_steps)
+        run = fs.simulate(
+            problem, rule, w0, until=schedule, observe=observe, max_steps=part.max_steps
+        )
         total = watch.read()["cpu_seconds"]
         rest = total - standard[0] - 2 * certificate[0]
         costs = {"rest": rest, "standard": standard[0], "certificate": certificate[0]}
@@ -53,7 +57,10 @@ def measure(experiment: Experiment) -> list[dict[str, Any]]:
         print({name: f"{v:.2f}" if isinstance(v, float) else v for name, v in rows[-1].items()})
     whole = {name: sum(row[name] for row in rows) for name in ("rest", "standard", "certificate")}
     rows.append({"rule": "all of the demo", "saves": SAVES, **whole})
-    return [row | {"share": (row["standard"] + row["certificate"]) / row["rest"]} | surroundings() for row in rows]
+    return [
+        row | {"share": (row["standard"] + row["certificate"]) / row["rest"]} | surroundings()
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

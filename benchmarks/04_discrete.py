@@ -1,10 +1,9 @@
 """How long do 10⁵ full-batch steps of the demo's problem take, for eight seeds at once?
 
-Baseline: eight plain loops of torch.optim, one seed after the other, each on one flat leaf tensor. Both are first
-checked to give the same weights after a hundred steps. flowsim and the baseline are measured in turn in the same run,
-and the best of several turns counts for both. Writes results/04_discrete.csv.
-Usage: python benchmarks/04_discrete.py [--threads 2] [--steps 100000]
-"""
+Baseline: eight plain loops of torch.optim, one seed after the other, each on one flat leaf tensor.
+Both are first checked to give the same weights after a hundred steps. flowsim and the baseline are
+measured in turn in the same run, and the best of several turns counts for both. Writes
+results/04_discrete.csv. Usage: python benchmarks/04_discrete.py [--threads 2] [--steps 100000]"""
 
 import argparse
 import math
@@ -17,9 +16,9 @@ from common import RESULTS, Stopwatch, surroundings, write
 from torch import Tensor
 
 import flowsim as fs
-from flowsim.experiment import Experiment
-from flowsim.problem import Problem
-from flowsim.state import Rule
+from flowsim.experiment.experiment import Experiment
+from flowsim.motion.rule import Rule
+from flowsim.problems.problem import Problem
 
 SEEDS = 8
 CHECKED, TURN, TURNS = 100, 500, 8  # steps compared, steps of a turn, and turns
@@ -33,7 +32,9 @@ RULES: dict[str, tuple[Rule, Callable[[list[Tensor]], torch.optim.Optimizer]]] =
 }
 
 
-def loop(make: Callable[[list[Tensor]], torch.optim.Optimizer], problem: Problem, w0: Tensor, steps: int) -> Tensor:
+def loop(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], problem: Problem, w0: Tensor, steps: int
+) -> Tensor:
     """Weights after ``steps`` of torch.optim on Σ e^{−y f}, one seed after the other."""
     width = w0.shape[1] // (problem.x.shape[-1] + 1)
     rows = []
@@ -64,7 +65,9 @@ def measure(name: str, problem: Problem, w0: Tensor, steps: int) -> dict[str, An
     some, few = fs.steps([TURN]), TURN // 10
     step = plain = math.inf
     for _ in range(TURNS):
-        step = min(step, timed(lambda: fs.simulate(problem, rule, w0, until=some))["seconds"] / TURN)
+        step = min(
+            step, timed(lambda: fs.simulate(problem, rule, w0, until=some))["seconds"] / TURN
+        )
         plain = min(plain, timed(lambda: loop(make, problem, w0, few))["seconds"] / few)
     whole = timed(lambda: fs.simulate(problem, rule, w0, until=fs.steps(steps))) if steps else {}
     return {

@@ -1,8 +1,10 @@
-"""What does the true flow of a ReLU net cost where the norm is not quadratic, and is the balance of energy kept?
+"""What does the true flow of a ReLU net cost where the norm is not quadratic, and is the balance of
+energy kept?
 
-Two-layer nets on random labels, exponential loss, in ℓ∞, the maximum over layers of ℓ2, and ℓ1. The baseline, small
-steps of steepest descent, tends to something else on kinks: its margins show by how much, and its gradients what it
-costs. `alpha` is the alignment of weights and gradient, 1 at a KKT point.
+Two-layer nets on random labels, exponential loss, in ℓ∞, the maximum over layers of ℓ2, and ℓ1. The
+baseline, small steps of steepest descent, tends to something else on kinks: its margins show by how
+much, and its gradients what it costs. `alpha` is the alignment of weights and gradient, 1 at a KKT
+point.
 
 Writes results/05_polyhedral_nets.csv.
 Usage: python benchmarks/05_polyhedral_nets.py [--part flows|steps|width|l1 ...] [--seeds 3]
@@ -27,7 +29,11 @@ TABLE = RESULTS / "05_polyhedral_nets.csv"
 
 
 def observed(norm: fs.L1) -> dict[str, Any]:
-    return {"soft_margin": fs.diagnostics.soft_margin(norm), "alpha": fs.diagnostics.alignment(norm), **timing()}
+    return {
+        "soft_margin": fs.diagnostics.soft_margin(norm),
+        "alpha": fs.diagnostics.alignment(norm),
+        **timing(),
+    }
 
 
 def rows_of(run: fs.Trajectory, names: list[str]) -> list[dict[str, Any]]:
@@ -39,7 +45,10 @@ def rows_of(run: fs.Trajectory, names: list[str]) -> list[dict[str, Any]]:
             "milestone": name,
             "steps": int(run["tally_accepted"][k, 0]),
             **{t.removeprefix("tally_"): run[t][k, 0] for t in tallies if t != "tally_accepted"},
-            **{n: run[n][k, 0] for n in ("seconds", "cpu_seconds", "lam", "log_time", "soft_margin", "alpha")},
+            **{
+                n: run[n][k, 0]
+                for n in ("seconds", "cpu_seconds", "lam", "log_time", "soft_margin", "alpha")
+            },
             "energy_defect": abs(spent[k] / rise[k] - 1),
         }
         for k, name in enumerate(names, 1)
@@ -54,14 +63,20 @@ def flows(net: Net) -> list[dict[str, Any]]:
     for name in ("linf", "max l2"):
         for rtol in TOLERANCES:
             rule = fs.SteepestFlow(NORMS[name], rtol=rtol)
-            run = fs.simulate(problem, rule, w0, until=until, observe=observed(NORMS[name]), max_steps=5000)
+            run = fs.simulate(
+                problem, rule, w0, until=until, observe=observed(NORMS[name]), max_steps=5000
+            )
             found = {"norm": name, "method": "flowsim", "tolerance": rtol}
             rows += [found | row for row in rows_of(run, list(LEVELS))] or [found | stopped(run)]
     return rows
 
 
 def stopped(run: fs.Trajectory) -> dict[str, Any]:
-    return {"milestone": "none", "lam": float(run.final.readings["lam"]), "note": run.statuses[0].sentence}
+    return {
+        "milestone": "none",
+        "lam": float(run.final.readings["lam"]),
+        "note": run.statuses[0].sentence,
+    }
 
 
 def steps(net: Net) -> list[dict[str, Any]]:
@@ -72,7 +87,9 @@ def steps(net: Net) -> list[dict[str, Any]]:
         for h in STEPS:
             rule = fs.SmallStep(NORMS[name], dlam=h, relative=h)
             until = fs.lam([net.levels[level] for level in LEVELS[:2]])
-            run = fs.simulate(problem, rule, w0, until=until, observe=observed(NORMS[name]), max_steps=100_000)
+            run = fs.simulate(
+                problem, rule, w0, until=until, observe=observed(NORMS[name]), max_steps=100_000
+            )
             found = {"norm": name, "method": "small steps", "tolerance": h}
             rows += [found | row for row in rows_of(run, list(LEVELS[:2]))]
     return rows
@@ -84,7 +101,9 @@ def width(net: Net) -> list[dict[str, Any]]:
     rows = []
     for name in ("linf", "max l2"):
         rule = fs.SteepestFlow(NORMS[name], rtol=1e-2)
-        run = fs.simulate(problem, rule, w0, until=fs.lam([2.0]), observe=observed(NORMS[name]), max_steps=500)
+        run = fs.simulate(
+            problem, rule, w0, until=fs.lam([2.0]), observe=observed(NORMS[name]), max_steps=500
+        )
         found = {"norm": name, "method": "flowsim", "tolerance": 1e-2}
         rows += [found | row for row in rows_of(run, ["level 2"])] or [found | stopped(run)]
     return rows
@@ -99,7 +118,11 @@ def l1(net: Net) -> list[dict[str, Any]]:
         run = fs.simulate(problem, rule, state, until=fs.steps([k]), observe=observed(norm))
         state, began = run.final, began or (run["lam"][0, 0], run["dissipated"][0, 0])
         lam, spent = (float(state.readings[name]) for name in ("lam", "dissipated"))
-        if lam >= 20 or watch.read()["cpu_seconds"] > LONGEST or run.statuses[0] is not fs.Status.DONE:
+        if (
+            lam >= 20
+            or watch.read()["cpu_seconds"] > LONGEST
+            or run.statuses[0] is not fs.Status.DONE
+        ):
             break
     row = rows_of(run, ["level 20" if lam >= 20 else "time is up"])[0] | watch.read()
     row["energy_defect"] = abs((spent - began[1]) / (lam - began[0]) - 1)
@@ -113,7 +136,8 @@ def update(net: Net, part: str, fresh: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if any(row[name] != value for name, value in here.items())]
     for row in fresh:
         printed = {
-            k: f"{v:.{10 if k in ('lam', 'log_time') else 6}g}" if isinstance(v, float) else v for k, v in row.items()
+            k: f"{v:.{10 if k in ('lam', 'log_time') else 6}g}" if isinstance(v, float) else v
+            for k, v in row.items()
         }
         rows.append(here | printed | surroundings())
     write(rows, TABLE)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from flowsim.provenance import machine, software
+from flowsim.run.provenance import machine, software
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def surroundings(dtype: str = "float64") -> dict[str, Any]:
-    """Columns that every row ends with; ``load`` is the machine's load average, over one minute, right now."""
+    """Columns that every row ends with; ``load`` is the machine's load average, over one minute,
+    right now."""
     return {"dtype": dtype, "load": f"{os.getloadavg()[0]:.1f}", **machine(), **software()}
 
 
@@ -47,7 +48,8 @@ def _parsed(cell: str) -> Any:
 
 
 class Stopwatch:
-    """Seconds since it was made: on the wall and, what a busy machine does not change, of this process's CPU time."""
+    """Seconds since it was made: on the wall and, what a busy machine does not change, of this
+    process's CPU time."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter(), time.process_time()
@@ -61,7 +63,10 @@ def timing() -> dict[str, Callable[..., torch.Tensor]]:
     """Observers that read a stopwatch, started now, at every save point."""
     watch = Stopwatch()
     names = list(watch.read())
-    return {n: lambda problem, state, n=n: torch.full_like(state.step_size, watch.read()[n]) for n in names}
+    return {
+        n: lambda problem, state, n=n: torch.full_like(state.step_size, watch.read()[n])
+        for n in names
+    }
 
 
 class Spent(Exception):

@@ -1,11 +1,14 @@
-"""The programs that flowsim is measured against on two-layer ReLU nets: a loop of small steps, and ODE solvers."""
+"""The programs that flowsim is measured against on two-layer ReLU nets: a loop of small steps, and
+ODE solvers."""
 
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # diffrax on one thread, like the others
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false"
+)  # diffrax on one thread, like the others
 
 import numpy as np
 import torch
@@ -30,7 +33,11 @@ class Net:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         problem, w0 = self.problem()
-        return problem.x.numpy().reshape(self.n, self.d), problem.y.numpy().ravel(), w0.numpy().ravel()
+        return (
+            problem.x.numpy().reshape(self.n, self.d),
+            problem.y.numpy().ravel(),
+            w0.numpy().ravel(),
+        )
 
     @property
     def levels(self) -> dict[str, float]:
@@ -66,10 +73,15 @@ def euler(net: Net, c: float, levels: list[float]) -> list[dict[str, Any]]:
         size = w @ w
         while len(rows) < len(levels) and lam >= levels[len(rows)]:
             margin = np.interp(levels[len(rows)], *zip(before, (lam, lam / size), strict=True))
-            rows.append({"gradients": gradients, "steps": gradients - 1, "soft_margin": margin} | watch.read())
+            rows.append(
+                {"gradients": gradients, "steps": gradients - 1, "soft_margin": margin}
+                | watch.read()
+            )
         before = lam, lam / size
         w = w + (c / size) * h
-    return [row | {"method": "Euler on the log-loss", "tolerance": c, "reached": True} for row in rows]
+    return [
+        row | {"method": "Euler on the log-loss", "tolerance": c, "reached": True} for row in rows
+    ]
 
 
 def torch_solver(net: Net, end: float, rtol: float) -> dict[str, Any]:
@@ -112,7 +124,9 @@ def jax_solver(net: Net, end: float, rtol: float) -> dict[str, Any]:
     @jax.jit
     def solve(w: Any, end: Any) -> Any:
         term, adjoint = diffrax.ODETerm(velocity), diffrax.DirectAdjoint()
-        return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, end, None, w, adjoint=adjoint, **options)
+        return diffrax.diffeqsolve(
+            term, diffrax.Tsit5(), 0.0, end, None, w, adjoint=adjoint, **options
+        )
 
     solve(w0, 1e-6).ys.block_until_ready()
     watch = Stopwatch()
@@ -121,7 +135,9 @@ def jax_solver(net: Net, end: float, rtol: float) -> dict[str, Any]:
     row |= watch.read()
     taken = {name: int(number) for name, number in found.stats.items() if name.startswith("num_")}
     row |= {"steps": taken["num_accepted_steps"], "rejected": taken["num_rejected_steps"]}
-    row |= {"gradients": 6 * taken["num_steps"] + 1}  # the last stage of a step is the first of the next
+    row |= {
+        "gradients": 6 * taken["num_steps"] + 1
+    }  # the last stage of a step is the first of the next
     if found.result != diffrax.RESULTS.successful:
         return row | {"reached": False, "note": f"stopped after {taken['num_steps']} steps"}
     return row | {"reached": True, "lam": float(gradient(w, x, y, jax.numpy)[0])}

@@ -1,8 +1,9 @@
-"""Which targets do the measurements reach? Reads the tables in results/ and writes results/targets.md.
+"""Which targets do the measurements reach? Reads the tables in results/ and writes
+results/targets.md.
 
-The targets are the data below; "measured" is the worst over problems and seeds. Costs are the cheapest that reach an
-accuracy among the tolerances of the table. Usage: python benchmarks/targets.py
-"""
+The targets are the data below; "measured" is the worst over problems and seeds. Costs are the
+cheapest that reach an accuracy among the tolerances of the table. Usage: python
+benchmarks/targets.py"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ LEVELS = ("mean loss 1e-10", "mean loss 1e-100", "level 1e3", "level 1e4", "leve
 
 @dataclass(frozen=True)
 class Target:
-    """``measure`` gives a number for every problem, which is to lie between ``least`` and ``most``."""
+    """``measure`` gives a number for every problem, which is to lie between ``least`` and
+    ``most``."""
 
     row: str
     what: str
@@ -49,7 +51,9 @@ def problems(rows: Rows) -> list[Rows]:
     """The rows of each problem."""
     names = ("d", "n", "width", "seed", "norm")
     keys = [tuple(row.get(name) for name in names) for row in rows]
-    return [[row for row, k in zip(rows, keys, strict=True) if k == key] for key in dict.fromkeys(keys)]
+    return [
+        [row for row, k in zip(rows, keys, strict=True) if k == key] for key in dict.fromkeys(keys)
+    ]
 
 
 def at(rows: Rows, method: str = "flowsim", tolerance: float | None = None, **where: Any) -> Rows:
@@ -61,16 +65,32 @@ def at(rows: Rows, method: str = "flowsim", tolerance: float | None = None, **wh
 def errors(rows: Rows, level: str, method: str = "flowsim") -> dict[float, float]:
     """The error at a level by tolerance, where it is not measured against itself."""
     found = at(rows, method, milestone=level)
-    return {r["tolerance"]: r["error"] for r in found if r["reference"] != f"{method}, {r['tolerance']:g}"}
+    return {
+        r["tolerance"]: r["error"]
+        for r in found
+        if r["reference"] != f"{method}, {r['tolerance']:g}"
+    }
 
 
-def cheapest(level: str, error: float, judged: tuple[str, ...], unit: str = "gradients", method: str = "flowsim"):
-    """The least cost to a level among the tolerances whose error is small enough at the levels ``judged``."""
+def cheapest(
+    level: str,
+    error: float,
+    judged: tuple[str, ...],
+    unit: str = "gradients",
+    method: str = "flowsim",
+):
+    """The least cost to a level among the tolerances whose error is small enough at the levels
+    ``judged``."""
 
     def measure(rows: Rows) -> float:
-        small = [{t for t, e in errors(rows, name, method).items() if e <= error} for name in judged]
+        small = [
+            {t for t, e in errors(rows, name, method).items() if e <= error} for name in judged
+        ]
         good = set.intersection(*small)
-        return min((r[unit] for r in at(rows, method, milestone=level) if r["tolerance"] in good), default=math.inf)
+        return min(
+            (r[unit] for r in at(rows, method, milestone=level) if r["tolerance"] in good),
+            default=math.inf,
+        )
 
     return measure
 
@@ -80,7 +100,8 @@ def nets(measure: Callable[[Rows], float]) -> Callable[[dict[str, Rows]], Iterab
 
 
 def against_euler(rows: Rows) -> float:
-    """CPU seconds of the flow over those of the loop for the same accuracy at the last level of both."""
+    """CPU seconds of the flow over those of the loop for the same accuracy at the last level of
+    both."""
     flow, loop = (
         cheapest(LEVELS[1], 1e-4, LEVELS[1:2], "cpu_seconds", method)
         for method in ("flowsim", "Euler on the log-loss")
@@ -102,7 +123,10 @@ def milliseconds(rows: Rows) -> float:
 
 def time_error(rows: Rows) -> float:
     """|log t| apart from the finest run's, at any level."""
-    coarse, fine = ([at(rows, tolerance=t, milestone=name)[0]["log_time"] for name in LEVELS] for t in (1e-3, 1e-5))
+    coarse, fine = (
+        [at(rows, tolerance=t, milestone=name)[0]["log_time"] for name in LEVELS]
+        for t in (1e-3, 1e-5)
+    )
     return max(abs(a - b) for a, b in zip(coarse, fine, strict=True))
 
 
@@ -117,7 +141,9 @@ def late_time(tolerance: float) -> Callable[[Rows], float]:
 
 
 def defect(*levels: str) -> Callable[[Rows], float]:
-    return lambda rows: max(at(rows, tolerance=1e-3, milestone=name)[0]["energy_defect"] for name in levels)
+    return lambda rows: max(
+        at(rows, tolerance=1e-3, milestone=name)[0]["energy_defect"] for name in levels
+    )
 
 
 def linear(d: int, column: str) -> Callable[[dict[str, Rows]], Iterable[float]]:
@@ -139,11 +165,17 @@ def papers_size(tables: dict[str, Rows]) -> list[float]:
     return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(totals)]
 
 
-def polyhedral(norm: str, measure: Callable[[Rows], float]) -> Callable[[dict[str, Rows]], Iterable[float]]:
+def polyhedral(
+    norm: str, measure: Callable[[Rows], float]
+) -> Callable[[dict[str, Rows]], Iterable[float]]:
     """Of each problem of the flows in one norm."""
 
     def each(tables: dict[str, Rows]) -> list[float]:
-        rows = [r for r in tables.get("05_polyhedral_nets", []) if (r["part"], r["norm"]) == ("flows", norm)]
+        rows = [
+            r
+            for r in tables.get("05_polyhedral_nets", [])
+            if (r["part"], r["norm"]) == ("flows", norm)
+        ]
         return [measure(found) for found in problems(rows)]
 
     return each
@@ -163,7 +195,9 @@ def refined(level: str) -> Callable[[Rows], float]:
     """How far the soft margins of two tolerances are apart."""
 
     def measure(rows: Rows) -> float:
-        found = [r["soft_margin"] for t in (1e-2, 3e-3) for r in at(rows, tolerance=t, milestone=level)]
+        found = [
+            r["soft_margin"] for t in (1e-2, 3e-3) for r in at(rows, tolerance=t, milestone=level)
+        ]
         return abs(found[0] / found[1] - 1) if len(found) == 2 else math.inf
 
     return measure
@@ -173,7 +207,11 @@ def wider_in(norm: str) -> Callable[[dict[str, Rows]], list[float]]:
     """Steps to Λ = 2 at the largest width over those at the smallest."""
 
     def measure(tables: dict[str, Rows]) -> list[float]:
-        rows = [r for r in tables.get("05_polyhedral_nets", []) if (r["part"], r["norm"]) == ("width", norm)]
+        rows = [
+            r
+            for r in tables.get("05_polyhedral_nets", [])
+            if (r["part"], r["norm"]) == ("width", norm)
+        ]
         steps = {r["width"]: r["steps"] for r in rows}
         return [steps[max(steps)] / steps[min(steps)]] if len(steps) > 1 else []
 
@@ -186,9 +224,13 @@ def coordinates(tables: dict[str, Rows]) -> list[float]:
     return [r["cpu_seconds"] if r["milestone"] == "level 20" else math.inf for r in rows]
 
 
-def ladder(goals: dict[str, int], error: float, judged: Callable[[str], tuple[str, ...]], words: str) -> list[Target]:
+def ladder(
+    goals: dict[str, int], error: float, judged: Callable[[str], tuple[str, ...]], words: str
+) -> list[Target]:
     return [
-        Target("ℓ2", f"gradients to {name}, {words}", most, nets(cheapest(name, error, judged(name))))
+        Target(
+            "ℓ2", f"gradients to {name}, {words}", most, nets(cheapest(name, error, judged(name)))
+        )
         for name, most in goals.items()
     ]
 
@@ -200,12 +242,27 @@ TARGETS = [
         lambda name: LEVELS[: LEVELS.index(name) + 1],
         "soft margin to 1e-4 at every level on the way",
     ),
-    *ladder({LEVELS[1]: 300, LEVELS[3]: 500, LEVELS[4]: 700}, 5e-5, lambda name: LEVELS[1:2], f"5e-5 at {LEVELS[1]}"),
+    *ladder(
+        {LEVELS[1]: 300, LEVELS[3]: 500, LEVELS[4]: 700},
+        5e-5,
+        lambda name: LEVELS[1:2],
+        f"5e-5 at {LEVELS[1]}",
+    ),
     *ladder({LEVELS[1]: 1500}, 1e-6, lambda name: LEVELS[1:2], "1e-6 there"),
     Target("ℓ2", "CPU ms a step, rtol 1e-3, to mean loss 1e-100", 3, nets(milliseconds)),
-    Target("ℓ2", "CPU time over that of Euler, both to 1e-4 at mean loss 1e-100", 1, nets(against_euler)),
+    Target(
+        "ℓ2",
+        "CPU time over that of Euler, both to 1e-4 at mean loss 1e-100",
+        1,
+        nets(against_euler),
+    ),
     Target("ℓ2", "order, from error and steps at mean loss 1e-10", 2.3, nets(order), least=1.7),
-    Target("energy balance", "abs(∫‖h‖_* ds/ΔΛ − 1), whole run, rtol 1e-3", 1e-4, nets(defect(LEVELS[-1]))),
+    Target(
+        "energy balance",
+        "abs(∫‖h‖_* ds/ΔΛ − 1), whole run, rtol 1e-3",
+        1e-4,
+        nets(defect(LEVELS[-1])),
+    ),
     Target("energy balance", "the same, up to any level", 1e-4, nets(defect(*LEVELS))),
     Target(
         "soft margin",
@@ -214,18 +271,30 @@ TARGETS = [
         nets(lambda rows: max(r["largest_fall"] for r in rows if r["largest_fall"] is not None)),
     ),
     *(Target("linear", f"steps to Λ = 10⁶, d = {d}", 250, linear(d, "steps")) for d in (50, 1000)),
-    *(Target("linear", f"duality gap at Λ = 10⁶, d = {d}", 1e-8, linear(d, "dual_gap")) for d in (50, 1000)),
-    Target("time", "log t against the finest tolerance at any level, rtol 1e-3", 1e-3, nets(time_error)),
+    *(
+        Target("linear", f"duality gap at Λ = 10⁶, d = {d}", 1e-8, linear(d, "dual_gap"))
+        for d in (50, 1000)
+    ),
+    Target(
+        "time", "log t against the finest tolerance at any level, rtol 1e-3", 1e-3, nets(time_error)
+    ),
     *(
         Target("time", f"abs(4γΛ·t𝓛 − 1) at Λ = 10⁴, rtol {rtol:g}", 1e-2, nets(late_time(rtol)))
         for rtol in (1e-3, 1e-5)
     ),
-    Target("paper's size", "CPU seconds a step in the first steps, d = 232, width 1024, n = 250", 2, papers_size),
+    Target(
+        "paper's size",
+        "CPU seconds a step in the first steps, d = 232, width 1024, n = 250",
+        2,
+        papers_size,
+    ),
     Target(
         "diagnostics",
         "standard diagnostics and certificates at 100 saves over the rest of the demo, CPU time",
         0.2,
-        lambda tables: [row["share"] for row in tables["04_diagnostics"] if row["rule"] == "all of the demo"],
+        lambda tables: [
+            row["share"] for row in tables["04_diagnostics"] if row["rule"] == "all of the demo"
+        ],
     ),
     Target("width", "steps to mean loss 1e-10, largest width over 64", 1.5, wider),
     *(
@@ -247,8 +316,16 @@ TARGETS = [
 
 
 def main() -> None:
-    names = ("02_l2_relu_net", "02_width", "03_linear_models", "04_diagnostics", "05_polyhedral_nets")
-    tables = {name: read(RESULTS / f"{name}.csv") for name in names if (RESULTS / f"{name}.csv").exists()}
+    names = (
+        "02_l2_relu_net",
+        "02_width",
+        "03_linear_models",
+        "04_diagnostics",
+        "05_polyhedral_nets",
+    )
+    tables = {
+        name: read(RESULTS / f"{name}.csv") for name in names if (RESULTS / f"{name}.csv").exists()
+    }
     every = [row for rows in tables.values() for row in rows]
     settled = [row for row in at(tables["02_l2_relu_net"]) if row["milestone"] in LEVELS[:2]]
     finest = min(row["tolerance"] for row in settled)

@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The pages document this checkout, also where another flowsim is installed; kernels read PYTHONPATH.
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+)
 
 import flowsim  # noqa: E402
 
@@ -35,4 +37,8 @@ nb_output_stderr = "remove"  # tqdm remarks on absent notebook widgets
 html_theme = "pydata_sphinx_theme"
 html_title = "flowsim"
 html_show_sourcelink = False
-html_theme_options = {"show_prev_next": True, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "show_prev_next": True,
+    "navigation_with_keys": False,
+    "secondary_sidebar_items": ["page-toc"],
+}

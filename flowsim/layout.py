@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """One named array inside the flat weights: ``w[..., block.slice]`` reshaped to ``block.shape``."""
+    """One named array inside the flat weights: ``w[..., block.slice]`` reshaped to
+    ``block.shape``."""
 
     name: str
     start: int
@@ -32,7 +33,7 @@ class Block:
 Layout: TypeAlias = tuple[Block, ...]
 
 
-def layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+def lay_out(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """Blocks laid one after the other.
 
     >>> [(b.name, b.start, b.shape) for b in layout({"W1": (3, 2), "W2": (1, 3)})]

@@ -1,4 +1,5 @@
-"""Velocities at ties and kinks: against convex solvers, minimising movements, and small steps where these differ."""
+"""Velocities at ties and kinks: against convex solvers, minimising movements, and small steps where
+these differ."""
 
 from functools import cache
 
@@ -7,13 +8,14 @@ import torch
 from torch import Tensor
 
 import flowsim as fs
-from flowsim.block_norms import Euclidean, Max, Sum, modular
-from flowsim.faces import Ball
-from flowsim.layout import layout
-from flowsim.matrix_norms import Nuclear, Spectral
-from flowsim.norms import L1, L2, Linf, Lp, Mahalanobis, Norm
-from flowsim.problem import Problem
-from flowsim.quadratics import PiecewiseQuadratic, Quadratic
+from flowsim.layout import lay_out
+from flowsim.norms.blocks import Euclidean, Max, Sum, modular
+from flowsim.norms.faces import WholeBall
+from flowsim.norms.matrix import Nuclear, Spectral
+from flowsim.norms.norm import Norm
+from flowsim.norms.vector import L1, L2, Linf, Lp, Mahalanobis
+from flowsim.problems.problem import Problem
+from flowsim.problems.quadratics import PiecewiseQuadratic, Quadratic
 from flowsim.velocity import Selection, select, variation
 
 ORIGIN = torch.zeros(1, 3, dtype=torch.float64)
@@ -29,9 +31,9 @@ def assert_close(a: Tensor, b: Tensor, atol: float = 1e-9) -> None:
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Toys
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def small_step_rate(toy: PiecewiseQuadratic, dlam: float, steps: int) -> tuple[float, float]:
@@ -58,7 +60,8 @@ class TestToys:
     @pytest.mark.parametrize("second", [[1.0], [2.0], [-0.5]])
     @pytest.mark.parametrize("norm", [L2(), Linf(), Lp(3.0)], ids=lambda n: n.name)
     def test_parallel_kinks_share_their_multiplier(self, norm, second):
-        """F = −w/2 + max(w, 0) − 0.8 max(second·w, 0)/|second|, which has no stationary point at 0."""
+        """F = −w/2 + max(w, 0) − 0.8 max(second·w, 0)/|second|, which has no stationary point at
+        0."""
         toy = PiecewiseQuadratic([-0.5], [[1.0], second], [1.0, -0.8 / abs(second[0])])
         chosen = select(toy, norm, ORIGIN[:, :1])
         right = second[0] > 0
@@ -93,12 +96,19 @@ class TestToys:
             PiecewiseQuadratic(**(fine | changes))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ties
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SHAPE = {"l1": (12,), "linf": (12,), "spectral": (3, 4), "nuclear": (3, 4), "max": (12,), "sum": (12,)}
-BLOCKS = layout({"a": (4,), "b": (2, 4)})
+SHAPE = {
+    "l1": (12,),
+    "linf": (12,),
+    "spectral": (3, 4),
+    "nuclear": (3, 4),
+    "max": (12,),
+    "sum": (12,),
+}
+BLOCKS = lay_out({"a": (4,), "b": (2, 4)})
 
 
 def tied_gradient(name: str, seed: int) -> Tensor:
@@ -116,7 +126,11 @@ def tied_gradient(name: str, seed: int) -> Tensor:
         return ((left * torch.tensor([2.0, 2.0, 0.5])) @ right).flatten()
     if name == "max":
         return torch.cat(
-            [h[:2], torch.zeros(2), s[0] * (left[0, 0] * right[:1].T @ normal(1, 2, seed=9)).T.flatten()]
+            [
+                h[:2],
+                torch.zeros(2),
+                s[0] * (left[0, 0] * right[:1].T @ normal(1, 2, seed=9)).T.flatten(),
+            ]
         )
     pairs = h.split([4, 8])
     return torch.cat([v / v.norm() for v in pairs])
@@ -125,7 +139,7 @@ def tied_gradient(name: str, seed: int) -> Tensor:
 def tied_norm(name: str) -> Norm:
     norms = {"l1": L1(), "linf": Linf(), "spectral": Spectral(), "nuclear": Nuclear()}
     if name in norms:
-        return norms[name].bind(layout({"w": SHAPE[name]}))
+        return norms[name].bind(lay_out({"w": SHAPE[name]}))
     return (Max({"a": Linf(), "b": Spectral()}) if name == "max" else Sum(L2())).bind(BLOCKS)
 
 
@@ -146,14 +160,19 @@ def tied_quadratic(name: str, seed: int) -> tuple[Quadratic, Tensor, Tensor]:
 
 
 def face_program(name: str, h: Tensor, H: Tensor) -> Tensor:
-    """The point of least curvature on the face of h, from a description of the face written down here."""
+    """The point of least curvature on the face of h, from a description of the face written down
+    here."""
     cp = pytest.importorskip("cvxpy")
     g = h.numpy()
     v = cp.Variable(12)
     U, _, Vt = torch.linalg.svd(h.view(SHAPE[name] if len(SHAPE[name]) == 2 else (3, 4)))
     if name == "l1":
         top = abs(g) >= 1 - 1e-12
-        face = [v[~top] == 0, cp.multiply(torch.sign(h).numpy(), v)[top] >= 0, torch.sign(h).numpy() @ v == 1]
+        face = [
+            v[~top] == 0,
+            cp.multiply(torch.sign(h).numpy(), v)[top] >= 0,
+            torch.sign(h).numpy() @ v == 1,
+        ]
     elif name == "linf":
         face = [v[g != 0] == torch.sign(h).numpy()[g != 0], cp.abs(v) <= 1]
     elif name == "spectral":
@@ -162,7 +181,10 @@ def face_program(name: str, h: Tensor, H: Tensor) -> Tensor:
         face = [cp.sigma_max(free) <= 1, cp.reshape(v, (3, 4), order="C") == whole]
     elif name == "nuclear":
         S = cp.Variable((2, 2), PSD=True)
-        face = [cp.trace(S) == 1, cp.reshape(v, (3, 4), order="C") == U[:, :2].numpy() @ S @ Vt[:2].numpy()]
+        face = [
+            cp.trace(S) == 1,
+            cp.reshape(v, (3, 4), order="C") == U[:, :2].numpy() @ S @ Vt[:2].numpy(),
+        ]
     elif name == "max":
         U, _, Vt = torch.linalg.svd(h[4:].view(2, 4))
         free = cp.Variable((1, 3))
@@ -172,7 +194,9 @@ def face_program(name: str, h: Tensor, H: Tensor) -> Tensor:
     else:
         r = cp.Variable()
         face = [r >= 0, r <= 1, v[:4] == r * g[:4], v[4:] == (1 - r) * g[4:]]
-    cp.Problem(cp.Minimize(cp.quad_form(v, cp.psd_wrap(H.numpy()))), face).solve(solver="CLARABEL", **TIGHT)
+    cp.Problem(cp.Minimize(cp.quad_form(v, cp.psd_wrap(H.numpy()))), face).solve(
+        solver="CLARABEL", **TIGHT
+    )
     return torch.from_numpy(v.value)
 
 
@@ -198,7 +222,9 @@ class TestTies:
         errors = []
         for eps in (0.02, 0.002):
             gradient = lambda v, eps=eps: v @ F.matrix - h / eps
-            v = Ball(norm, torch.zeros_like(w)).minimise(gradient, start=u, tol=1e-13, max_steps=40000)
+            v = WholeBall(norm, torch.zeros_like(w)).minimise(
+                gradient, start=u, tol=1e-13, max_steps=40000
+            )
             errors.append(float((v - u).norm()))
         assert errors[0] < 0.5
         assert errors[1] < 0.2 * errors[0] + 1e-6
@@ -209,7 +235,8 @@ ORIGIN12 = torch.zeros(1, 12, dtype=torch.float64)
 
 
 def linear_model(loss: str, name: str, seed: int) -> Problem:
-    """A linear model whose gradient at w = 0 is a multiple of a given one: the mean of y x is, in all losses."""
+    """A linear model whose gradient at w = 0 is a multiple of a given one: the mean of y x is, in
+    all losses."""
     y = torch.tensor([1.0, -1.0] * 10, dtype=torch.float64)
     x = normal(20, 12, seed=seed + 50)
     x = x + y[:, None] * (tied_gradient(name, seed) - (y[:, None] * x).mean(0))
@@ -218,7 +245,9 @@ def linear_model(loss: str, name: str, seed: int) -> Problem:
 
 def hessian(problem: Problem, w: Tensor) -> Tensor:
     """∇²𝓛/𝓛, by differentiation."""
-    return torch.func.hessian(lambda v: torch.exp(-problem.lam(v[None])[0]))(w[0]) * torch.exp(problem.lam(w))
+    return torch.func.hessian(lambda v: torch.exp(-problem.lam(v[None])[0]))(w[0]) * torch.exp(
+        problem.lam(w)
+    )
 
 
 class TestLinearModels:
@@ -233,7 +262,8 @@ class TestLinearModels:
         assert variation(problem, tied_norm(name), ORIGIN12, chosen).abs().max() < 1e-8
 
     def test_pairwise_loss_in_the_spectral_norm(self):
-        """Three classes at w = 0, where the gradient Σ_i Σ_{j≠y} (e_y − e_j) x_iᵀ has rank two at most."""
+        """Three classes at w = 0, where the gradient Σ_i Σ_{j≠y} (e_y − e_j) x_iᵀ has rank two at
+        most."""
         x, y = normal(12, 4, seed=5), torch.arange(12) % 3
         problem = Problem(fs.Linear(4, 3), x, y, loss=fs.pairwise_exponential)
         norm, w = Spectral(), ORIGIN12
@@ -245,14 +275,17 @@ class TestLinearModels:
         free, v = cp.Variable((1, 2)), cp.Variable(12)
         whole = (U[:, :2] @ Vt[:2]).numpy() + U[:, 2:].numpy() @ free @ Vt[2:].numpy()
         face = [cp.norm(free) <= 1, cp.reshape(v, (3, 4), order="C") == whole]
-        cp.Problem(cp.Minimize(cp.quad_form(v, cp.psd_wrap(H.numpy()))), face).solve(solver="CLARABEL", **TIGHT)
+        cp.Problem(cp.Minimize(cp.quad_form(v, cp.psd_wrap(H.numpy()))), face).solve(
+            solver="CLARABEL", **TIGHT
+        )
         u = chosen.direction[0]
         assert_close(H @ u, H @ torch.from_numpy(v.value), 1e-6)
         # a shift common to all classes is not seen, hence not made
         assert_close(u.view(3, 4).sum(0), torch.zeros(4))
 
     def test_of_equal_curvatures_the_shortest(self):
-        """Duplicate columns: only their sum is determined, and each takes half; unseen columns stay."""
+        """Duplicate columns: only their sum is determined, and each takes half; unseen columns
+        stay."""
         problem = linear_model("exponential", "linf", seed=4)
         x = torch.cat([problem.x, problem.x[:, 8:10], torch.zeros(20, 2)], 1)
         wide = Problem(fs.Linear(16), x, problem.y, loss=fs.exponential)
@@ -265,7 +298,9 @@ class TestLinearModels:
         v = cp.Variable(16)
         C = wide.curvature(w)[0]
         face = [v[:8] == u[:8].numpy(), cp.abs(v) <= 1]
-        cp.Problem(cp.Minimize(cp.sum_squares(C.numpy() @ v)), face).solve(solver="CLARABEL", **TIGHT)
+        cp.Problem(cp.Minimize(cp.sum_squares(C.numpy() @ v)), face).solve(
+            solver="CLARABEL", **TIGHT
+        )
         assert_close(C @ u, C @ torch.from_numpy(v.value), 1e-6)
 
     def test_zero_gradients_rest(self):
@@ -277,10 +312,12 @@ class TestLinearModels:
 
 
 class TestBranches:
-    """The variational inequality of a right derivative, for Hessians of either sign along a free coordinate."""
+    """The variational inequality of a right derivative, for Hessians of either sign along a free
+    coordinate."""
 
     def residual(self, first: float, free: float) -> tuple[Tensor, Tensor]:
-        """h = (1, 0) in ℓ∞, so that u = (1, u₂), and ⟨Hu, v − u⟩ ≥ 0 wants u₂ = −1/(2 free) inside [−1, 1]."""
+        """h = (1, 0) in ℓ∞, so that u = (1, u₂), and ⟨Hu, v − u⟩ ≥ 0 wants u₂ = −1/(2 free) inside
+        [−1, 1]."""
         H = torch.tensor([[first, 0.5], [0.5, free]], dtype=torch.float64)
         F, w = PiecewiseQuadratic([-1.0, 0.0], [[1.0, 0.0]], [0.1], H), ORIGIN[:, :2]
         chosen = select(F, Linf(), w)
@@ -295,15 +332,16 @@ class TestBranches:
         assert self.residual(0.1, 0.2)[1] > 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kinks
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def on_kinks(
     d: int, N: int, m: int, touched: int, seed: int, loss: str = "exponential", activation=fs.relu
 ) -> tuple[Problem, Tensor]:
-    """A two-layer net with ``touched`` examples of each neuron exactly on their kinks, up to rounding."""
+    """A two-layer net with ``touched`` examples of each neuron exactly on their kinks, up to
+    rounding."""
     x, y = normal(N, d, seed=seed), torch.where(normal(N, seed=seed + 1) > 0, 1.0, -1.0)
     problem = Problem(fs.MLP([d, m, 1], activation), x, y, loss=LOSSES[loss])
     w = 0.5 * normal(1, problem.size, seed=seed + 2)
@@ -313,7 +351,9 @@ def on_kinks(
 def placed(w: Tensor, x: Tensor, m: int, touched: int, seed: int) -> Tensor:
     first = w[0, : m * x.shape[1]].view(m, -1)
     for j in range(m):
-        near = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed + j))[:touched]]
+        near = x[
+            torch.randperm(len(x), generator=torch.Generator().manual_seed(seed + j))[:touched]
+        ]
         for _ in range(2):
             first[j] -= torch.linalg.pinv(near) @ (near @ first[j])
     return w
@@ -339,7 +379,8 @@ QUADRATIC = NORMS[:3]
 
 
 def corner(problem: Problem, w: Tensor, chosen: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient with every attracting kink at 0, jumps times normals, normals, and which kinks these are."""
+    """The gradient with every attracting kink at 0, jumps times normals, normals, and which kinks
+    these are."""
     hinges = problem.hinges(w)
     free = (hinges.z.abs()[0] < 1e-12) & (hinges.jump[0] < 0)
     at = torch.where(free, 0.0, chosen.multipliers)
@@ -358,7 +399,9 @@ def cvx_norm(cp, name: str, problem: Problem, norm: Norm, v):
         return cp.norm(cp.hstack([parts[0] / 2, parts[1]]))
     if name == "max":
         return cp.maximum(*[cp.norm(part) for part in parts])
-    return cp.maximum(*[cp.sigma_max(cp.reshape(v[b.slice], b.shape, order="C")) for b in problem.layout])
+    return cp.maximum(
+        *[cp.sigma_max(cp.reshape(v[b.slice], b.shape, order="C")) for b in problem.layout]
+    )
 
 
 SOLVED = {
@@ -388,7 +431,9 @@ class TestKinks:
         v = cp.Variable(problem.size)
         c = -torch.linalg.vecdot(jumps, n) / torch.linalg.vecdot(n, n)
         slope = b.numpy() @ v - c.numpy() @ cp.pos(n.numpy() @ v)
-        best = cp.Problem(cp.Maximize(slope), [cvx_norm(cp, name, problem, norm, v) <= 1]).solve(solver="CLARABEL")
+        best = cp.Problem(cp.Maximize(slope), [cvx_norm(cp, name, problem, norm, v) <= 1]).solve(
+            solver="CLARABEL"
+        )
         assert float(chosen.dual) == pytest.approx(best, rel=1e-6)
         assert chosen.gap.abs() < 1e-9
         D, along = chosen.multipliers[0, free], n @ chosen.direction[0]
@@ -407,7 +452,9 @@ class TestKinks:
         problem, w, norm, chosen = solved(case, name)
         free = corner(problem, w, chosen)[3]
         for seed in range(50):
-            other = (chosen.multipliers + normal(1, len(free), seed=seed) * 10.0 ** -(seed % 4)).clamp(0, 1)
+            other = (
+                chosen.multipliers + normal(1, len(free), seed=seed) * 10.0 ** -(seed % 4)
+            ).clamp(0, 1)
             h = problem.hinges(w).gradient(torch.where(free, other, chosen.multipliers))
             assert norm.dual(h) >= chosen.dual * (1 - 1e-9)
 
@@ -432,7 +479,8 @@ def test_multipliers_solve_the_box_program(name):
 
 
 class TestSides:
-    """F = −max(w₁, 0) − w₂: a kink that repels. Leaving it to the positive side falls, the negative side is level."""
+    """F = −max(w₁, 0) − w₂: a kink that repels. Leaving it to the positive side falls, the negative
+    side is level."""
 
     RIDGE = PiecewiseQuadratic([0.0, -1.0], [[1.0, 0.0]], [-1.0], torch.zeros(2, 2))
     SADDLE = PiecewiseQuadratic([0.5, -1.0], [[1.0, 0.0]], [-1.0])
@@ -488,7 +536,9 @@ class TestNets:
     @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
     def test_duplicates_change_only_weights(self, norm):
         problem, w = on_kinks(d=4, N=8, m=5, touched=2, seed=0)
-        double = problem.with_data(torch.cat([problem.x, problem.x]), torch.cat([problem.y, problem.y]))
+        double = problem.with_data(
+            torch.cat([problem.x, problem.x]), torch.cat([problem.y, problem.y])
+        )
         one, two = select(problem, norm, w), select(double, norm, w)
         assert_close(one.direction, two.direction, 1e-7)
         assert_close(one.dual, two.dual)
@@ -536,12 +586,16 @@ class TestNets:
         for scale in (1e-150, 1e150):
             toy = PiecewiseQuadratic(scale * TOY1.slope, TOY1.normals, scale * TOY1.weights)
             for norm in (L2(), L1(), Linf(), Lp(3.0)):
-                assert_close(select(toy, norm, ORIGIN).direction, select(TOY1, norm, ORIGIN).direction)
+                assert_close(
+                    select(toy, norm, ORIGIN).direction, select(TOY1, norm, ORIGIN).direction
+                )
 
     @pytest.mark.parametrize("norm", [L2(), Linf(), L1()], ids=lambda n: n.name)
     def test_zero_inputs_have_no_kinks(self, norm):
         problem, w = on_kinks(d=4, N=6, m=5, touched=2, seed=70)
-        more = problem.with_data(torch.cat([problem.x, torch.zeros(1, 4)]), torch.cat([problem.y, torch.ones(1)]))
+        more = problem.with_data(
+            torch.cat([problem.x, torch.zeros(1, 4)]), torch.cat([problem.y, torch.ones(1)])
+        )
         chosen = select(more, norm, w)
         rise = more.lam(w + 1e-7 * chosen.direction) - more.lam(w)
         assert_close(rise / 1e-7, chosen.dual, 1e-4 * float(chosen.dual))

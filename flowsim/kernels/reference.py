@@ -1,13 +1,12 @@
 """Bias-free feed-forward nets in plain batched torch: the definition of every kernel.
 
-Shapes: ``B`` trajectories, ``N`` examples, ``C`` outputs, ``L`` layers. Layer ``l`` maps width ``n_{l-1}`` to
-``n_l`` with a weight ``W_l`` of shape ``(B, n_l, n_{l-1})``:
+Shapes: ``B`` trajectories, ``N`` examples, ``C`` outputs, ``L`` layers. Layer ``l`` maps width
+``n_{l-1}`` to ``n_l`` with a weight ``W_l`` of shape ``(B, n_l, n_{l-1})``:
 
     a_0 = x,   z_l = a_{l-1} W_lᵀ,   a_l = φ(z_l),   f = z_L.
 
-The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Every product is a batched one over
-trajectories, so that a trajectory's numbers never depend on its batch-mates.
-"""
+The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Every product is a
+batched one over trajectories, so that a trajectory's numbers never depend on its batch-mates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.numerics.batched import bmm
+
 Weights = Sequence[Tensor]
 
 
@@ -23,9 +24,8 @@ Weights = Sequence[Tensor]
 class Activation:
     """A positively homogeneous scalar function φ(cz) = c^degree φ(z), c > 0, and its derivative.
 
-    ``kinked`` says that φ' jumps at 0; there ``slope`` returns one element of Clarke's subdifferential, the one
-    that autograd returns.
-    """
+    ``kinked`` says that φ' jumps at 0; there ``slope`` returns one element of Clarke's
+    subdifferential, the one that autograd returns."""
 
     name: str
     degree: int
@@ -36,31 +36,17 @@ class Activation:
 
 @dataclass(frozen=True)
 class Tape:
-    """What a forward pass leaves for the derivatives: inputs ``a_{l-1}`` and slopes ``φ'(z_l)`` of each layer."""
+    """What a forward pass leaves for the derivatives: inputs ``a_{l-1}`` and slopes ``φ'(z_l)`` of
+    each layer."""
 
     weights: Weights
     inputs: tuple[Tensor, ...]
     slopes: tuple[Tensor, ...]
 
 
-def bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
-    """Batched product whose every entry is rounded alike in any batch.
-
-    BLAS gives a single product with one row or column to its matrix-vector routine, which adds up in another order
-    than the batched one; so such a product is never sent alone.
-    """
-    if a.shape[0] == 1 and (a.shape[1] == 1 or b.shape[2] == 1):
-        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
-    return torch.bmm(a, b)
-
-
-def each(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
-    """`bmm` one trajectory at a time: for an inner dimension so long that threads share it, in another way in a batch
-    than alone."""
-    return torch.stack([left @ right for left, right in zip(a, b, strict=True)])
-
-
-def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Float[Tensor, "B N C"], Tape]:
+def forward(
+    weights: Weights, x: Tensor, activation: Activation
+) -> tuple[Float[Tensor, "B N C"], Tape]:
     """Outputs f(x) and the tape."""
     a = x.expand(weights[0].shape[0], *x.shape[-2:])
     inputs, slopes = [a], []
@@ -112,11 +98,15 @@ def sensitivities(tape: Tape) -> list[Float[Tensor, "B N C n"]]:
 
 def jacobian(tape: Tape) -> list[Float[Tensor, "B N C n m"]]:
     """∂f_c(x_i)/∂W_l, dense: for small nets and for tests."""
-    return [d[..., :, None] * a[:, :, None, None, :] for d, a in zip(sensitivities(tape), tape.inputs, strict=True)]
+    return [
+        d[..., :, None] * a[:, :, None, None, :]
+        for d, a in zip(sensitivities(tape), tape.inputs, strict=True)
+    ]
 
 
 def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B NC NC"]:
-    """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1} a_{l-1}ᵀ)."""
+    """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1}
+    a_{l-1}ᵀ)."""
     total: Tensor | None = None
     scales = scales or [1.0] * len(tape.inputs)
     for delta, a, scale in zip(sensitivities(tape), tape.inputs, scales, strict=True):

@@ -1,0 +1,133 @@
+"""Complementarity of many kinks at once: a box-constrained quadratic programme with block
+structure.
+
+    minimise ½ λᵀQλ − ⟨z, λ⟩   over 0 ≤ λ ≤ upper,        Q = blockdiag(K) − E V Eᵀ,
+
+with one block K for each group of unknowns and a correction of low rank. At the solution the
+residual s = z − Qλ is negative only where λ = 0, positive only where λ = upper, and zero where λ is
+free: λ is a force that holds each kink's coordinate at zero, as far as its strength reaches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The correction E V Eᵀ: ``factor (B, G, c, R)`` is E; ``core (B, R, R)`` is V and ``inverse``
+    V⁻¹."""
+
+    factor: Float[Tensor, "B G c R"]
+    core: Float[Tensor, "B R R"]
+    inverse: Float[Tensor, "B R R"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``force (B, G, c)``; ``free`` where it is strictly inside its bounds; ``solved (B,)``."""
+
+    force: Float[Tensor, "B G c"]
+    free: Bool[Tensor, "B G c"]
+    solved: Bool[Tensor, " B"]
+
+
+def solve_box(
+    blocks: Float[Tensor, "B G c c"],
+    z: Float[Tensor, "B G c"],
+    upper: Float[Tensor, "B G c"],
+    low_rank: LowRank | None = None,
+    start: Float[Tensor, "B G c"] | None = None,
+    *,
+    max_sweeps: int = 40,
+) -> Solution:
+    """Primal–dual active sets (Hintermüller, Ito and Kunisch 2002); unknowns with ``upper`` = 0
+    take no part.
+
+    Each sweep guesses from λ + s/diag(Q) which unknowns are free and solves for those. Where sets
+    repeat instead of settling, only one wrong unknown is moved at a time (Murty 1974), which ends
+    after finitely many sweeps. Linear dependence inside a block is removed by a ridge of 10⁻¹² of
+    its diagonal."""
+    system, scale = ridged(blocks, low_rank)
+    force = torch.zeros_like(z) if start is None else start.clamp_min(0).minimum(upper)
+    residual = z - system.times(force)
+    free = torch.zeros_like(upper, dtype=torch.bool)
+    high, settled = free, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    for sweep in range(max_sweeps):
+        trial = force + residual / scale
+        now_free = (trial > 0) & (trial < upper)
+        now_high = (trial >= upper) & (upper > 0)
+        changed = (now_free != free) | (now_high != high)
+        if sweep > 0:
+            settled = ~changed.flatten(1).any(-1)
+            if bool(settled.all()):
+                break
+        if sweep > max_sweeps // 2:
+            single = changed & (changed.flatten(1).cumsum(-1).view_as(changed) == 1)
+            now_free, now_high = (
+                torch.where(single, now_free, free),
+                torch.where(single, now_high, high),
+            )
+        free, high = now_free, now_high
+        fixed = torch.where(high, upper, 0.0)
+        force = torch.where(free, system.solve(free, z - system.times(fixed)), fixed)
+        residual = torch.where(free, 0.0, z - system.times(force))
+    return Solution(force.clamp_min(0).minimum(upper), free, settled)
+
+
+def ridged(blocks: Tensor, low_rank: LowRank | None) -> tuple["System", Float[Tensor, "B G c"]]:
+    """The system with dependent unknowns made independent, and the diagonal of its blocks, 1 where
+    that is zero."""
+    scale = torch.diagonal(blocks, dim1=-2, dim2=-1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return System(blocks + torch.diag_embed(1e-12 * scale), low_rank), scale
+
+
+@dataclass(frozen=True)
+class System:
+    """Products and solves with Q."""
+
+    blocks: Float[Tensor, "B G c c"]
+    low_rank: LowRank | None
+
+    def times(self, force: Float[Tensor, "B G c"]) -> Float[Tensor, "B G c"]:
+        """Qλ."""
+        out = (self.blocks @ force[..., None])[..., 0]
+        if self.low_rank is None:
+            return out
+        E = self.low_rank.factor.flatten(1, 2)
+        return out - (E @ (self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])))[
+            ..., 0
+        ].view_as(out)
+
+    def solve(
+        self, free: Bool[Tensor, "B G c"], rhs: Float[Tensor, "B G c"]
+    ) -> Float[Tensor, "B G c"]:
+        """The λ that is zero off ``free`` and has Qλ = rhs on it."""
+        return self.factored(free)(rhs)
+
+    def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[Tensor], Tensor]:
+        """`solve_box` for several right-hand sides."""
+        pair = free[..., :, None] & free[..., None, :]
+        blocks = torch.where(pair, self.blocks, 0.0) + torch.diag_embed((~free).to(self.blocks))
+        root = torch.linalg.cholesky_ex(blocks)[0]
+
+        def plain(rhs: Tensor) -> Tensor:
+            return torch.cholesky_solve(torch.where(free, rhs, 0.0)[..., None], root)[..., 0]
+
+        if self.low_rank is None:
+            return plain
+        E = torch.where(free[..., None], self.low_rank.factor, 0.0)
+        KE = torch.cholesky_solve(E, root).flatten(1, 2)
+        E = E.flatten(1, 2)
+        inner = self.low_rank.inverse - E.mT @ KE
+
+        def corrected(rhs: Tensor) -> Tensor:
+            first = plain(rhs)
+            return first + (KE @ torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None]))[
+                ..., 0
+            ].view_as(first)
+
+        return corrected

@@ -1,0 +1,1 @@
+"""Discrete rules: steepest descent with a learning rate, and the optimisers of practice."""

@@ -1,0 +1,162 @@
+"""Adam and its relatives: each weight moves by an average of its gradients over the root of their
+mean square."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowsim.checks import require_not_negative, require_share
+from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
+from flowsim.descent.momentum import Frame, no_frame
+from flowsim.descent.rule import Discrete, Step, take
+from flowsim.motion.state import State
+from flowsim.norms.norm import Norm
+from flowsim.norms.vector import Linf
+from flowsim.problems.objective import Objective
+
+
+@dataclass(frozen=True)
+class Adaptive(Discrete):
+    """Each weight by its own gradients, g = ∇𝓛 (the gradient of the **sum** loss), k = 1, 2, …:
+
+        m ← β₁m + (1 − β₁)g,   v ← β₂v + (1 − β₂)g²,   w ← (1 − ηλ)w − η·(m/a)/(√v/b + ε),
+
+    with a = 1 − β₁ᵏ and b² = 1 − β₂ᵏ where ``corrected``, else 1. ``betas`` are β₁ and β₂; β₂ =
+    None stands for a sum, v ← v + g². ``decay`` is λ. `Adam`, `AdamW`, `RMSProp` and `AdaGrad` make
+    the usual ones.
+
+    ε is in units of g, also where g underflows: with ε = 0 a step does not depend on the scale of
+    the loss. A coordinate without a gradient stays, and one below 1e-300 of ‖g‖₁ has none.
+
+    Lengths are in ℓ∞. t is Σ η, the time of the flow w' = −g/(|g| + ε), which is the limit η → 0
+    for fixed β's; for a sum it is Σ η², that of w' = −g/√∫g²."""
+
+    lr: LearningRateLike
+    betas: tuple[float, float | None] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay: float = 0.0
+    corrected: bool = True
+    name: str = "adaptive descent"
+
+    memoryless = False
+    norm = Linf()
+
+    def __post_init__(self) -> None:
+        as_learning_rate(self.name, self.lr)
+        if not (isinstance(self.betas, tuple | list) and len(self.betas) == 2):
+            raise ValueError(
+                f"{self.name}: got betas={self.betas!r}, expected two numbers, try (0.9, 0.999)"
+            )
+        first, second = self.betas
+        require_share(self.name, beta1=first, **({} if second is None else {"beta2": second}))
+        require_not_negative(self.name, eps=self.eps, decay=self.decay)
+
+    @cached_property
+    def schedule(self) -> LearningRate:
+        return as_learning_rate(self.name, self.lr)
+
+    @property
+    def label(self) -> str:
+        decay = f", λ = {self.decay:g}" if self.decay else ""
+        return f"{self.name}, {self.schedule.label}, ε = {self.eps:g}{decay}"
+
+    @property
+    def kind(self) -> str:
+        return "Adaptive sum" if self.betas[1] is None else "Adaptive"
+
+    def bound(self, problem: Objective) -> Norm:
+        self.schedule.check(self.name, problem)
+        return self.norm
+
+    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
+        names = ["first", "second"] if self.betas[0] > 0 else ["second"]
+        return {"frame": no_frame(state)} | {name: torch.zeros_like(state.w) for name in names}
+
+    def step(self, problem: Objective, norm: Norm, state: State) -> State:
+        frame = Frame.follow(problem, state, self._forget, head=_head(state.w.dtype))
+        first, second = self._moments(state, frame)
+        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
+        lr = torch.exp(log_lr)
+        move = self._move(first, second, frame, state.memory["age"] + 1, lr)
+        if self.decay:
+            move = move - (self.decay * lr).to(state.w)[:, None] * state.w
+        remembered = {"frame": frame.log_unit, "second": second}
+        if "first" in state.memory:
+            remembered["first"] = first
+        log_time = 2 * log_lr if self.betas[1] is None else log_lr
+        return take(
+            problem, norm, state, Step(move, norm.value(move).double(), log_time), remembered
+        )
+
+    @property
+    def _forget(self) -> float:
+        beta1, beta2 = self.betas
+        return 1.0 if beta2 is None else max(beta1, math.sqrt(beta2))
+
+    def _moments(self, state: State, frame: Frame) -> tuple[Tensor, Tensor]:
+        """Averages of −g and of g², in units of the frame and of its square."""
+        (beta1, beta2), memory, g = self.betas, state.memory, frame.gradient(state)
+        share = 1.0 if beta2 is None else 1 - beta2
+        kept = frame.keep**2 if beta2 is None else beta2 * frame.keep**2
+        second = torch.addcmul(kept * memory["second"], g, g, value=share)
+        if "first" not in memory:
+            return g, second
+        return torch.add(beta1 * frame.keep * memory["first"], g, alpha=1 - beta1), second
+
+    def _move(self, first: Tensor, second: Tensor, frame: Frame, age: Tensor, lr: Tensor) -> Tensor:
+        """η(m/a)/(√v/b + ε), with 0/0 = 0, as m over √v·a/(bη) + aε/η."""
+        beta1, beta2 = self.betas
+        a = b = torch.ones_like(age)
+        if self.corrected and beta2 is not None:
+            a, b = 1 - beta1**age, torch.sqrt(1 - beta2**age)
+        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
+        # ε in the frame's units; not below the root of the smallest square, so that no gradient
+        # stays at rest
+        numbers = torch.finfo(second.dtype)
+        eps = torch.exp(log_eps - frame.log_unit).clamp_min((numbers.tiny * numbers.eps) ** 0.5)
+        factor, term = (value.to(second)[:, None] for value in (a / (b * lr), a * eps / lr))
+        return first / second.sqrt().mul_(factor).add_(term)
+
+
+def _head(dtype: torch.dtype) -> float:
+    """Where in the range of numbers the gradient is put, so that squares of all its entries are
+    inside."""
+    return 0.46 * math.log(torch.finfo(dtype).max)
+
+
+def Adam(
+    lr: LearningRateLike = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    corrected: bool = True,
+) -> Adaptive:
+    """Adam (Kingma & Ba 2015). ``eps=0`` is sign descent with averages, at any scale of the loss;
+    ``corrected=False`` leaves out the bias correction."""
+    return Adaptive(lr, betas, eps, 0.0, corrected, "Adam")
+
+
+def AdamW(
+    lr: LearningRateLike = 1e-3,
+    *,
+    decay: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Adaptive:
+    """Adam with decoupled weight decay λ (Loshchilov & Hutter 2019). Where it comes to rest it has
+    solved min 𝓛(w) over ‖w‖_∞ ≤ 1/λ (Xie & Li 2024); `diagnostics.frank_wolfe_gap` tells how
+    nearly."""
+    return Adaptive(lr, betas, eps, decay, True, "AdamW")
+
+
+def RMSProp(lr: LearningRateLike = 1e-2, *, beta: float = 0.99, eps: float = 1e-8) -> Adaptive:
+    """w ← w − η g/(√v + ε), v the average of g² (Tieleman & Hinton 2012)."""
+    return Adaptive(lr, (0.0, beta), eps, 0.0, False, "RMSProp")
+
+
+def AdaGrad(lr: LearningRateLike = 1e-2, *, eps: float = 1e-10) -> Adaptive:
+    """w ← w − η g/(√Σg² + ε) (Duchi, Hazan & Singer 2011)."""
+    return Adaptive(lr, (0.0, None), eps, 0.0, False, "AdaGrad")

@@ -1,0 +1,148 @@
+"""Mini-batches: discrete rules that see some of the examples in each step."""
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowsim.descent.rule import Discrete
+from flowsim.motion.clocks import Target
+from flowsim.motion.rule import advance_by_steps
+from flowsim.motion.state import State, initial_state
+from flowsim.problems.problem import Problem
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A problem whose loss is estimated from a batch of n of the N examples, of each trajectory its
+    own: N/n times the sum over the batch, which is unbiased, and so is its gradient."""
+
+    whole: Problem
+    batch: Problem
+
+    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
+        """The level of the estimated loss, and its gradient."""
+        lam, h = self.batch.ascent(w)
+        return lam - math.log(self.whole.examples / self.batch.examples), h
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+
+@dataclass(frozen=True)
+class MiniBatches:
+    """``rule`` with the gradient of ``size`` examples in each step, drawn without replacement from
+    a shuffling of all of them, or with ``replacement``.
+
+    An epoch has ⌊N/size⌋ steps; what is left over of a shuffling is not used. Each trajectory draws
+    from a stream of its own, made from ``seed`` and its first weights, so that it is the same alone
+    and in a batch. The rule sees the estimated loss, also in a schedule that follows it. The
+    reading Λ is that of all examples, which costs a forward pass over them in each step. A step
+    that moves nothing does not end the run."""
+
+    rule: Discrete
+    size: int
+    seed: int = 0
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Discrete):
+            raise TypeError(
+                f"MiniBatches: got rule {self.rule!r}, expected a discrete rule of flowsim, "
+                "try flowsim.GradientDescent(0.1)"
+            )
+        for name, least in (("size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"MiniBatches: got {name}={value!r}, expected an integer ≥ {least}"
+                )
+        if not isinstance(self.replacement, bool):
+            raise TypeError(
+                f"MiniBatches: got replacement={self.replacement!r}, expected True or False"
+            )
+
+    @property
+    def label(self) -> str:
+        return f"{self.rule.label}, batches of {self.size}{' with replacement' if self.replacement else ''}"
+
+    def start(self, problem: Problem, w_or_state: Tensor | State) -> State:
+        if not isinstance(problem, Problem):
+            raise TypeError(
+                f"MiniBatches: got {type(problem).__name__}, expected a Problem, which has examples"
+            )
+        if self.size > problem.examples:
+            raise ValueError(
+                f"MiniBatches: got size={self.size}, expected at most {problem.examples}, all examples"
+            )
+        w, old = (
+            (w_or_state.w, w_or_state.memory) if isinstance(w_or_state, State) else (w_or_state, {})
+        )
+        problem.check_weights(w)
+        if "stream" in old:
+            stream, order, age = old["stream"], old["order"], old["age"]
+        else:
+            stream = torch.tensor([_stream(row, self.seed) for row in w], device=w.device)
+            age = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+            order = self._shuffled(
+                problem, stream, age, torch.zeros(len(w), problem.examples).long()
+            )
+        state = self.rule.start(self._sampled(problem, order, age), w_or_state)
+        status = initial_state(
+            problem, w_or_state
+        ).status  # a batch without a gradient is no reason to stop
+        return self._seen(problem, replace(state, status=status), stream=stream, order=order)
+
+    def advance(self, problem: Problem, state: State, until: Target, budget: int) -> State:
+        norm = self.rule.bound(problem)
+
+        def step(part: Problem, local: State) -> State:
+            age = local.memory["age"] + 1  # of the gradient that the step ends with
+            order = self._shuffled(part, local.memory["stream"], age, local.memory["order"])
+            estimated = replace(local, readings=local.readings | {"lam": local.memory["level"]})
+            moved = self.rule.step(self._sampled(part, order, age), norm, estimated)
+            return self._seen(part, moved, order=order)
+
+        return advance_by_steps(step, problem, state, until, budget)
+
+    @staticmethod
+    def _seen(problem: Problem, state: State, **kept: Tensor) -> State:
+        """A state of the rule as it is seen from outside: with the level of all examples."""
+        memory = state.memory | {"level": state.readings["lam"]} | kept
+        return replace(
+            state, memory=memory, readings=state.readings | {"lam": problem.lam(state.w).double()}
+        )
+
+    def _epoch(self, problem: Problem) -> int:
+        return problem.examples // self.size
+
+    def _shuffled(
+        self, problem: Problem, stream: Tensor, age: Tensor, order: Int[Tensor, "B N"]
+    ) -> Tensor:
+        """The order of examples, drawn anew for the trajectories that begin an epoch."""
+        epoch = self._epoch(problem)
+        begins = (age % epoch == 0).nonzero().squeeze(1)
+        if begins.numel() == 0:
+            return order
+        rows = [self._drawn(problem.examples, int(stream[b]), int(age[b]) // epoch) for b in begins]
+        return order.to(age.device).index_copy(0, begins, torch.stack(rows).to(age.device))
+
+    def _drawn(self, examples: int, stream: int, epoch: int) -> Int[Tensor, " N"]:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{stream} {epoch}".encode()))
+        if self.replacement:
+            return torch.randint(examples, (examples,), generator=generator)
+        return torch.randperm(examples, generator=generator)
+
+    def _sampled(self, problem: Problem, order: Tensor, age: Tensor) -> Any:
+        first = (age % self._epoch(problem)).long() * self.size
+        index = order.gather(1, first[:, None] + torch.arange(self.size, device=order.device))
+        return Sampled(problem, problem.examples_of(index))
+
+
+def _stream(w: Float[Tensor, " P"], seed: int) -> int:
+    """A number for a trajectory, from its weights."""
+    return zlib.crc32(w.detach().cpu().contiguous().numpy().tobytes(), seed % 2**32)

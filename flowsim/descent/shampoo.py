@@ -1,0 +1,147 @@
+"""Shampoo: each matrix is preconditioned from both sides by roots of its gradients' second
+moments."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.checks import require_not_negative, require_share
+from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
+from flowsim.descent.momentum import Frame, no_frame
+from flowsim.descent.rule import Discrete, Step, take
+from flowsim.layout import Block
+from flowsim.motion.state import State
+from flowsim.norms.blocks import modular
+from flowsim.norms.faces import singular
+from flowsim.norms.norm import Norm
+from flowsim.problems.objective import Objective
+
+
+@dataclass(frozen=True)
+class Shampoo(Discrete):
+    """For each matrix W with gradient G (Gupta, Koren & Singer 2018):
+
+        L ← L + GGᵀ,   R ← R + GᵀG,   W ← (1 − ηλ)W − η·(L + ε)^{−p} G (R + ε)^{−p},
+
+    for a vector g with L ← L + ggᵀ and (L + ε)^{−2p} g. ``exponent`` is p, 0 < p < ½. ``beta`` =
+    None sums as above; a number β forgets, L ← βL + (1 − β)GGᵀ, and β = 0 accumulates nothing: then
+    p = ¼ and ε = 0 give UVᵀ, which is normalised `Spectral` descent of each block.
+
+    ε is in units of g², also where g underflows. With ε = 0 nothing moves along eigenvectors of L
+    and R whose eigenvalues are within rounding of 0, that is, singular values below 1e-8 of the
+    largest; without accumulation only those within rounding. Lengths are in the `modular` norm. t
+    is Σ η, the time of the limit η → 0 for fixed β; for sums it is Σ η^{1/(1 − 2p)}, so Σ η² for p
+    = ¼."""
+
+    lr: LearningRateLike
+    beta: float | None = None
+    exponent: float = 0.25
+    eps: float = 0.0
+    decay: float = 0.0
+
+    memoryless = False
+
+    def __post_init__(self) -> None:
+        as_learning_rate("Shampoo", self.lr)
+        if self.beta is not None:
+            require_share("Shampoo", beta=self.beta)
+        require_not_negative("Shampoo", eps=self.eps, decay=self.decay)
+        if isinstance(self.exponent, bool) or not 0 < self.exponent < 0.5:
+            raise ValueError(
+                f"Shampoo: got exponent={self.exponent!r}, expected a number between 0 and ½, try 0.25"
+            )
+
+    @cached_property
+    def schedule(self) -> LearningRate:
+        return as_learning_rate("Shampoo", self.lr)
+
+    @property
+    def label(self) -> str:
+        kept = "sums" if self.beta is None else f"β = {self.beta:g}"
+        decay = f", λ = {self.decay:g}" if self.decay else ""
+        return f"Shampoo, {self.schedule.label}, {kept}, p = {self.exponent:g}, ε = {self.eps:g}{decay}"
+
+    @property
+    def kind(self) -> str:
+        return "Shampoo sum" if self.beta is None else "Shampoo"
+
+    def bound(self, problem: Objective) -> Norm:
+        self.schedule.check("Shampoo", problem)
+        return modular(problem.layout)
+
+    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
+        own = {"frame": no_frame(state)}
+        for i, block in enumerate(problem.layout if self.beta != 0 else ()):
+            sides = _matrix(block, state.w).shape[1:]
+            for side, size in zip(
+                ("left", "right"), sides if len(block.shape) > 1 else sides[:1], strict=False
+            ):
+                own[f"{side}{i}"] = state.w.new_zeros(len(state.w), size, size)
+        return own
+
+    def step(self, problem: Objective, norm: Norm, state: State) -> State:
+        frame = Frame.follow(problem, state, 1.0 if self.beta is None else math.sqrt(self.beta))
+        own, parts, ascent = {"frame": frame.log_unit}, [], frame.gradient(state)
+        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
+        eps = torch.exp(log_eps - 2 * frame.log_unit).to(state.w)
+        for i, block in enumerate(problem.layout):
+            G = _matrix(block, ascent)
+            moments = self._moments(i, G, state, frame)
+            own |= moments
+            parts.append(self._direction(G, list(moments.values()), eps).flatten(1))
+        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
+        # of each side e^{−2pS}, and e^{S} of the gradient
+        scale = torch.exp(log_lr + (1 - 4 * self.exponent) * frame.log_unit).to(state.w)[:, None]
+        move = scale * torch.cat(parts, 1)
+        if self.decay:
+            move = move - (self.decay * torch.exp(log_lr)).to(move)[:, None] * state.w
+        log_time = log_lr / (1 - 2 * self.exponent) if self.beta is None else log_lr
+        return take(problem, norm, state, Step(move, norm.value(move).double(), log_time), own)
+
+    def _moments(self, i: int, G: Tensor, state: State, frame: Frame) -> dict[str, Tensor]:
+        """What is remembered of block i, in the frame's units; nothing without accumulation."""
+        kept, share = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
+        moments = {}
+        for side, new in ((f"left{i}", G @ G.mT), (f"right{i}", G.mT @ G)):
+            if side in state.memory:
+                moments[side] = kept * (frame.keep**2)[..., None] * state.memory[side] + share * new
+        return moments
+
+    def _direction(self, G: Tensor, moments: list[Tensor], eps: Float[Tensor, " B"]) -> Tensor:
+        """(L + ε)^{−p} G (R + ε)^{−p}; with one moment (L + ε)^{−2p} G; with none those of G
+        alone."""
+        if len(moments) == 2:
+            left, right = (_power(moment, eps, -self.exponent) for moment in moments)
+            return left @ G @ right
+        if len(moments) == 1:
+            return _power(moments[0], eps, -2 * self.exponent) @ G
+        u, s, v = singular(G)
+        s = torch.where(
+            s <= max(G.shape[1:]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True), 0.0, s
+        )
+        squares = s**2 + eps[:, None]
+        return (u * (s * _inverse_power(squares, -2 * self.exponent))[:, None, :]) @ v.mT
+
+
+def _matrix(block: Block, w: Tensor) -> Float[Tensor, "B m n"]:
+    """The block as a matrix (out, rest), a vector as a column."""
+    part = block.of(w)
+    return part.flatten(2) if len(block.shape) > 1 else part[..., None]
+
+
+def _power(
+    moment: Float[Tensor, "B m m"], eps: Float[Tensor, " B"], power: float
+) -> Float[Tensor, "B m m"]:
+    """(M + ε)^power, zero on eigenvectors where M + ε is zero."""
+    values, basis = torch.linalg.eigh(moment)
+    rounding = moment.shape[-1] * torch.finfo(moment.dtype).eps * values[..., -1:]
+    values = torch.where(values <= rounding, 0.0, values) + eps[:, None]
+    return (basis * _inverse_power(values, power)[:, None, :]) @ basis.mT
+
+
+def _inverse_power(values: Tensor, power: float) -> Tensor:
+    return torch.where(values > 0, torch.where(values > 0, values, 1.0) ** power, 0.0)

@@ -1,0 +1,1 @@
+"""Exact answers to hold computed ones against."""

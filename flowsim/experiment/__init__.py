@@ -1,0 +1,1 @@
+"""Experiments from configuration files, and the command line."""

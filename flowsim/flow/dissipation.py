@@ -1,0 +1,164 @@
+"""Flows w' = −∇ψ*(g) of dissipation potentials that come from no norm, such as the limit of Adam
+with ε > 0.
+
+Their orbit depends on the scale of the loss, so that they are flows in time only, and no theorem on
+margins is claimed. Each potential says where a gradient g = e^σ·a leads, and never forms g."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.checks import require_positive
+from flowsim.flow.explicit import DOPRI5
+from flowsim.flow.field import Field, Sample
+from flowsim.flow.steps import Method
+from flowsim.motion.clocks import ARCLENGTH, Target
+from flowsim.motion.state import State, initial_state
+from flowsim.norms.vector import L2
+from flowsim.problems.objective import Objective
+
+
+class Potential(Protocol):
+    """A convex dissipation potential ψ*, by its gradient."""
+
+    @property
+    def label(self) -> str:
+        """What plots and tables call the flow."""
+
+    def velocity(
+        self, a: Float[Tensor, "B P"], sigma: Float[Tensor, " B"]
+    ) -> tuple[Tensor, Tensor]:
+        """v ``(B, P)`` and the logarithm r ``(B,)`` of its unit: ∇ψ*(e^σ·a) = e^r·v."""
+
+
+@dataclass(frozen=True)
+class SmoothSign:
+    """ψ*(g) = Σ |g_i| − ε log(1 + |g_i|/ε), w' = −g/(|g| + ε): Adam and RMSProp for small learning
+    rates.
+
+    Sign descent where |g| is far above ε, gradient descent with the step 1/ε far below.
+    """
+
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require_positive("SmoothSign", eps=self.eps)
+
+    @property
+    def label(self) -> str:
+        return f"smooth sign flow, ε = {self.eps:g}"
+
+    def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        c = math.log(self.eps) - sigma  # log ε in the units of a
+        unit = c.clamp_min(0.0)
+        small, large = torch.exp(c - unit).to(a)[:, None], torch.exp(-unit).to(a)[:, None]
+        size = a.abs() * large + small
+        return a / torch.where(size > 0, size, 1.0), -unit
+
+
+@dataclass(frozen=True)
+class Huber:
+    """ψ*(g) = Σ g_i²/2 where |g_i| ≤ δ and δ|g_i| − δ²/2 beyond: w' = −g with every entry clipped
+    at δ."""
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive("Huber", delta=self.delta)
+
+    @property
+    def label(self) -> str:
+        return f"Huber flow, δ = {self.delta:g}"
+
+    def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        c = math.log(self.delta) - sigma  # log δ in the units of a
+        unit = c.clamp_max(0.0)
+        bound = torch.exp(c - unit).to(a)[:, None]
+        return (a * torch.exp(-unit).to(a)[:, None]).clamp(-bound, bound), sigma + unit
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """w' = −g·min(1, τ/‖g‖₂), gradient clipping: the orbit of gradient flow at another speed."""
+
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive("Clipping", threshold=self.threshold)
+
+    @property
+    def label(self) -> str:
+        return f"clipped gradient flow, τ = {self.threshold:g}"
+
+    def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        log_size = torch.log(L2().value(a).double())
+        return a, torch.minimum(sigma, math.log(self.threshold) - log_size)
+
+
+@dataclass(frozen=True)
+class _PotentialField(Field):
+    """The flow of a potential by the ℓ2 arclength, which holds no time that could overflow."""
+
+    potential: Potential = field(default_factory=SmoothSign)
+
+    def __call__(self, objective: Objective, w: Tensor) -> Sample:
+        lam, h = objective.ascent(w)
+        v, log_unit = self.potential.velocity(
+            h, -lam.double() if objective.logarithmic else torch.zeros_like(lam)
+        )
+        speed = torch.log(self.norm.value(v).double()) + log_unit
+        u = self.norm.steepest(v)
+        size, rise = self.norm.value(w).double(), (h * u).sum(-1).double()
+        rates = {
+            "arclength": torch.ones_like(rise),
+            "relative": torch.where(
+                size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0
+            ),
+            "dissipated": rise,
+        }
+        return Sample(u, lam.double(), h, self.norm.dual(h).double(), rates, -speed)
+
+
+@dataclass(frozen=True)
+class DissipationFlow:
+    """w' = −∇ψ*(g), g = ∇𝓛(w), for a potential `SmoothSign`, `Huber` or `Clipping`.
+
+    t is its own time, lengths are in ℓ2, and the dissipated level is ∫⟨∇Λ, dw⟩. Smooth objectives
+    only: kinks are refused by the method."""
+
+    potential: Potential
+    rtol: float = 1e-6
+    atol: float = 1e-12
+    method: Method = DOPRI5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.potential, type) or not hasattr(self.potential, "velocity"):
+            raise TypeError(
+                f"DissipationFlow: got potential {self.potential!r}, expected one, try flowsim.SmoothSign(1e-8)"
+            )
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if not (isinstance(value, int | float) and 0 < value < 1):
+                raise ValueError(
+                    f"DissipationFlow: got {name}={value!r}, expected a number between 0 and 1"
+                )
+
+    @property
+    def label(self) -> str:
+        return self.potential.label
+
+    @property
+    def _field(self) -> Field:
+        return _PotentialField(L2(), ARCLENGTH, self.potential)
+
+    def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
+        solver = self.method.solver(self.rtol, self.atol)
+        return solver.start(self._field, problem, initial_state(problem, w_or_state))
+
+    def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
+        return self.method.solver(self.rtol, self.atol).advance(
+            self._field, problem, state, until, budget
+        )

@@ -1,0 +1,1 @@
+"""Flows in any norm by implicit steps."""

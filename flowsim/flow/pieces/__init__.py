@@ -1,0 +1,1 @@
+"""Flows of convex objectives in polyhedral norms, piece by piece."""

@@ -1,0 +1,1 @@
+"""Flows of nets in quadratic norms that slide along their kinks."""

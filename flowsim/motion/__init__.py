@@ -1,0 +1,1 @@
+"""Where trajectories are, what clocks show, and the one seam between rules and everything else."""

@@ -1,0 +1,1 @@
+"""Positively homogeneous nets with flat weights."""

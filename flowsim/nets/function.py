@@ -1,0 +1,169 @@
+"""TODO."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from flowsim.layout import Layout, lay_out
+from flowsim.nets.net import Net, Pullback, _confirmed, measure_degree
+
+
+@dataclass(frozen=True)
+class FunctionNet(Net):
+    """A net from a function of named arrays, ``function({name: array}, x (N, …)) -> (N, C) or
+    (N,)``.
+
+    Trajectories are batched by ``torch.func.vmap``, or one by one where ``looped``. A ``degree``
+    that is given is checked against the measured one when a Problem is made; without one the
+    measured degree is used. ``kinks=True`` says that the function may be non-smooth in the weights.
+    """
+
+    function: Callable[[dict[str, Tensor], Tensor], Tensor]
+    layout: Layout
+    degree: float | None = None
+    kinks: bool = True
+    looped: bool = False
+    checked: bool = field(default=False, repr=False)
+
+    def _single(self, w: Tensor, x: Tensor) -> Tensor:
+        out = self.function({block.name: block.of(w) for block in self.layout}, x)
+        if out.ndim not in (1, 2) or out.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the net's output has shape {tuple(out.shape)}, expected (N,) or (N, C) with N = {x.shape[0]}"
+            )
+        return out[:, None] if out.ndim == 1 else out
+
+    def _batched(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """w (B, P) ↦ outputs (B, N, C) with x bound; x (B, N, d) gives each trajectory its own
+        data."""
+        own = x.ndim == 3
+        if self.looped:
+            return lambda w: torch.stack(
+                [self._single(row, x[b] if own else x) for b, row in enumerate(w)]
+            )
+        return lambda w: vmap(self._single, in_dims=(0, 0 if own else None))(w, x)
+
+    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
+        return self._batched(x)(w)
+
+    def linearize(self, w: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
+        outputs, pull = vjp(self._batched(x), w)  # type: ignore[misc]
+        return outputs.detach(), lambda c: pull(c)[0].detach()
+
+    def pushforward(self, w: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        return jvp(self._batched(x), (w,), (v,))[1]
+
+    def measured(self, x: Tensor) -> Self:
+        if self.checked:
+            return self
+        rows = (x[0] if x.ndim == 3 else x)[:8].to(torch.float64)
+        net = self._with_working_batch(rows)
+        return replace(net, degree=_confirmed(self.degree, measure_degree(net, rows)), checked=True)
+
+    def _with_working_batch(self, x: Tensor) -> Self:
+        """This net, looping over trajectories where vmap refuses the function; says so in a
+        warning."""
+        w = self.init([0, 1]).to(x)
+        if not self.looped:
+            try:
+                self.outputs(w, x)
+            except RuntimeError as error:
+                looped = replace(self, looped=True)
+                looped.outputs(
+                    w, x
+                )  # an error of the function's own is raised here, without vmap's wrapping
+                warnings.warn(
+                    f"vmap cannot batch this net ({str(error).splitlines()[0]}); trajectories run one by one, "
+                    "which is slower",
+                    stacklevel=2,
+                )
+                return looped
+        return self
+
+
+def Diagonal(inputs: int, depth: int = 2, *, signed: bool = False) -> FunctionNet:
+    """Diagonal linear net f(x) = ⟨β, x⟩, degree ``depth``.
+
+    ``β = w1 ∘ … ∘ w_depth`` (blocks w1, w2, …), or with ``signed`` ``β = u^depth − v^depth``
+    entrywise (Woodworth et al. 2020), blocks u and v."""
+    if not all(isinstance(n, int) and n > 0 for n in (inputs, depth)):
+        raise ValueError(
+            f"Diagonal: got inputs={inputs}, depth={depth}, expected positive integers"
+        )
+    if signed:
+        return FunctionNet(
+            lambda p, x: x @ (p["u"] ** depth - p["v"] ** depth),
+            lay_out({"u": (inputs,), "v": (inputs,)}),
+            degree=depth,
+            kinks=False,
+        )
+    names = [f"w{l}" for l in range(1, depth + 1)]
+    return FunctionNet(
+        lambda p, x: x @ torch.stack([p[name] for name in names]).prod(0),
+        lay_out(dict.fromkeys(names, (inputs,))),
+        degree=depth,
+        kinks=False,
+    )
+
+
+_KINKED = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Hardtanh,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+
+
+def ModuleNet(
+    module: nn.Module, *, degree: float | None = None, smooth: bool = False
+) -> FunctionNet:
+    """Any deterministic, homogeneous ``torch.nn.Module`` as a net; the module itself is never
+    changed.
+
+    Its degree of homogeneity is measured when a Problem is made, and a wrong declaration is refused
+    with the measured value. A module is taken to have kinks unless ``smooth=True`` says that it is
+    differentiable in its weights. Dropout, buffers and BatchNorm are refused: their forward pass is
+    not a function of weights and data."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"ModuleNet: got {type(module).__name__}, expected a torch.nn.Module")
+    for name, part in module.named_modules():
+        where = name or type(module).__name__
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            raise ValueError(
+                f"ModuleNet: {where} is {type(part).__name__}; expected a deterministic module"
+            )
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"ModuleNet: {where} is {type(part).__name__}, which mixes examples and keeps statistics; "
+                "expected a function of one example, try a module without it"
+            )
+        if smooth and isinstance(part, _KINKED):
+            raise ValueError(
+                f"ModuleNet: got smooth=True, but {where} is {type(part).__name__}, which has kinks"
+            )
+    for name, _ in module.named_buffers():
+        raise ValueError(f"ModuleNet: the module has a buffer, {name!r}; expected parameters only")
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    if not shapes:
+        raise ValueError("ModuleNet: the module has no parameters, so there is nothing to train")
+    return FunctionNet(
+        lambda params, x: functional_call(module, params, (x,)),
+        lay_out(shapes),
+        degree=degree,
+        kinks=not smooth,
+    )
+
+
+def weights_of(module: nn.Module) -> Float[Tensor, "1 P"]:
+    """A module's present parameters as one row of flat weights, in the order of its ModuleNet's
+    layout."""
+    return torch.cat([p.detach().double().flatten() for p in module.parameters()])[None]

@@ -1,0 +1,143 @@
+"""Positively homogeneous nets with flat weights: f(x; cw) = c^degree f(x; w) for c > 0.
+
+Every net reads weights ``w (B, P)``, one row a trajectory, and inputs ``x``: vectors ``(N, d)``
+shared by all trajectories, or ``(B, N, d)`` with data of their own. It gives outputs ``(B, N, C)``.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.layout import Layout
+
+Pullback = Callable[[Tensor], Tensor]
+
+
+class Net(ABC):
+    """A positively homogeneous map. ``degree`` is None while it waits to be measured on data (see
+    `measured`)."""
+
+    layout: Layout
+    degree: float | None
+    kinks: bool
+    linear: bool = False
+    """Whether the outputs are linear in the weights."""
+
+    @property
+    def size(self) -> int:
+        """P, the number of weights."""
+        return sum(block.size for block in self.layout)
+
+    @abstractmethod
+    def outputs(self, w: Float[Tensor, "B P"], x: Tensor) -> Float[Tensor, "B N C"]:
+        """f(x; w)."""
+
+    @abstractmethod
+    def linearize(
+        self, w: Float[Tensor, "B P"], x: Tensor
+    ) -> tuple[Float[Tensor, "B N C"], Pullback]:
+        """Outputs and the map c ↦ Jᵀc, which share one forward pass. c is ``(B, N, C)``, Jᵀc ``(B,
+        P)``."""
+
+    @abstractmethod
+    def pushforward(
+        self, w: Float[Tensor, "B P"], x: Tensor, v: Float[Tensor, "B P"]
+    ) -> Float[Tensor, "B N C"]:
+        """Jv, the derivative of the outputs along v."""
+
+    def pullback(self, w: Tensor, x: Tensor, c: Float[Tensor, "B N C"]) -> Float[Tensor, "B P"]:
+        """Jᵀc. At a kink one element of Clarke's set: the one that autograd returns."""
+        return self.linearize(w, x)[1](c)
+
+    def jacobian(self, w: Tensor, x: Tensor) -> Float[Tensor, "B N C P"]:
+        """J, dense: for small nets and for tests."""
+        outputs, pull = self.linearize(w, x)
+        rows = torch.eye(outputs[0].numel(), dtype=w.dtype, device=w.device).reshape(
+            -1, 1, *outputs.shape[1:]
+        )
+        jac = torch.stack([pull(row.expand_as(outputs).contiguous()) for row in rows], 1)
+        return jac.unflatten(1, outputs.shape[1:])
+
+    def gram(self, w: Tensor, x: Tensor) -> Float[Tensor, "B NC NC"]:
+        """JJᵀ, the neural tangent kernel."""
+        J = self.jacobian(w, x).flatten(1, 2)
+        return J @ J.mT
+
+    def init(self, seeds: int | Iterable[int] = 0, scale: float = 1.0) -> Float[Tensor, "B P"]:
+        """Gaussian weights, one row a seed: entries of a block are N(0, scale²/fan_in), vectors
+        N(0, scale²).
+
+        A seed gives the same row whatever the other seeds are. float64 on the CPU; move it where
+        the run should be."""
+        if not (scale >= 0 and scale < float("inf")):
+            raise ValueError(f"init: got scale {scale}, expected a finite number ≥ 0")
+        rows = []
+        for seed in seeds if isinstance(seeds, Iterable) else [seeds]:
+            generator = torch.Generator().manual_seed(int(seed))
+            parts = []
+            for block in self.layout:
+                fan_in = block.size // block.shape[0] if len(block.shape) > 1 else 1
+                draw = torch.randn(block.size, generator=generator, dtype=torch.float64)
+                parts.append(draw * (scale / fan_in**0.5))
+            rows.append(torch.cat(parts))
+        if not rows:
+            raise ValueError(
+                "init: got no seeds, expected an integer or a non-empty sequence, try seeds=range(3)"
+            )
+        return torch.stack(rows)
+
+    def measured(self, x: Tensor) -> Self:
+        """This net with its degree of homogeneity known, measured on a few rows of ``x`` where need
+        be."""
+        return self
+
+    def select(self, rows: Tensor) -> Self:
+        """The net of these trajectories, for nets that hold something of each trajectory."""
+        return self
+
+
+def measure_degree(net: Net, x: Tensor) -> float:
+    """The degree L with f(x; cw) = c^L f(x; w), from random weights and c = ½, 2, 3.
+
+    Raises ValueError with the measured values where no single L fits to 1e-8, or where repeated
+    calls differ."""
+    w = net.init([11, 12]).to(x)
+    f = net.outputs(w, x)
+    if not torch.equal(f, net.outputs(w, x)):
+        raise ValueError(
+            "two evaluations of the net at the same weights differ; expected a deterministic net"
+        )
+    if not (f.abs() > 0).any():
+        raise ValueError(
+            "the net's outputs are all zero at random weights, so its degree cannot be measured"
+        )
+    degrees, misfits = [], []
+    for c in (0.5, 2.0, 3.0):
+        scaled = net.outputs(c * w, x)
+        degree = float(torch.log(scaled.norm() / f.norm())) / math.log(c)
+        degrees.append(degree)
+        misfits.append(float((scaled - c**degree * f).abs().max() / scaled.abs().max()))
+    spread = max(degrees) - min(degrees)
+    if not (spread <= 1e-6 and max(misfits) <= 1e-8):
+        raise ValueError(
+            "the net is not positively homogeneous in its weights: scaling them by ½, 2, 3 gives degrees "
+            f"{', '.join(f'{d:.4g}' for d in degrees)}; expected one degree, try a net without biases or "
+            "normalisation"
+        )
+    mean = sum(degrees) / 3
+    return round(mean) if abs(mean - round(mean)) < 1e-6 else mean
+
+
+def _confirmed(declared: float | None, measured: float) -> float:
+    """The measured degree, which a declared one has to equal."""
+    if declared is not None and abs(measured - declared) > 1e-6:
+        raise ValueError(
+            f"the net was declared homogeneous of degree {declared:g}, but its measured degree is {measured:g}; "
+            "leave `degree` out to use the measured one"
+        )
+    return measured

@@ -1,0 +1,136 @@
+"""Data: seeded synthetic families, and the digits that scikit-learn carries. Nothing is ever
+downloaded."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowsim.nets.activations import relu
+from flowsim.nets.mlp import MLP
+from flowsim.problems.losses import exponential
+from flowsim.problems.problem import Problem
+
+
+class Data(NamedTuple):
+    """Inputs ``x (N, d)`` and targets ``y (N,)``; with several seeds ``(S, N, d)`` and ``(S,
+    N)``."""
+
+    x: Tensor
+    y: Tensor
+
+
+def _for_seeds(
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int | Iterable[int]
+) -> Data:
+    """One data set for a seed, or a stack of them, one for each trajectory."""
+    if not isinstance(seed, Iterable):
+        return Data(*draw(torch.Generator().manual_seed(int(seed))))
+    sets = [draw(torch.Generator().manual_seed(int(s))) for s in seed]
+    if not sets:
+        raise ValueError(
+            "seed: got no seeds, expected an integer or a non-empty sequence, try seed=range(3)"
+        )
+    return Data(*(torch.stack(parts) for parts in zip(*sets, strict=True)))
+
+
+def digits(
+    classes: Sequence[int] = (3, 6),
+    n: int = 100,
+    *,
+    seed: int | Iterable[int] = 0,
+    part: str = "train",
+) -> Data:
+    """Handwritten digits, 8 × 8 pixels in [0, 1], from scikit-learn's embedded set (about 180 of
+    each).
+
+    ``n`` training images are drawn by ``seed``; ``part="test"`` gives all the others. Two classes
+    are labelled −1 (the first) and +1; more are labelled 0, 1, 2, … in the order given."""
+    from sklearn.datasets import load_digits
+
+    if part not in ("train", "test"):
+        raise ValueError(f"digits: got part={part!r}, expected 'train' or 'test'")
+    if len(classes) < 2 or len(set(classes)) != len(classes) or not set(classes) <= set(range(10)):
+        raise ValueError(
+            f"digits: got classes {tuple(classes)}, expected at least two different digits 0 … 9"
+        )
+    raw = load_digits()
+    images, names = torch.from_numpy(raw.data) / 16, torch.from_numpy(raw.target)
+    chosen = torch.isin(names, torch.tensor(list(classes)))
+    images, names = images[chosen], names[chosen]
+    if not (isinstance(n, int) and 0 < n < len(names)):
+        raise ValueError(
+            f"digits: got n={n}, expected 1 … {len(names) - 1}: these classes have {len(names)} images"
+        )
+    labels = torch.stack([names == c for c in classes]).long().argmax(0)
+    labels = 2 * labels - 1 if len(classes) == 2 else labels
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(names), generator=generator)
+        rows = order[:n] if part == "train" else order[n:]
+        return images[rows], labels[rows]
+
+    return _for_seeds(draw, seed)
+
+
+def gaussian_separable(
+    n: int = 100, d: int = 20, *, margin: float = 0.1, seed: int | Iterable[int] = 0
+) -> Data:
+    """Gaussian inputs that a random unit vector u separates: labels sign⟨u, x⟩, and x moved along u
+    until ``y⟨u, x⟩ ≥ margin``."""
+    if n < 1 or d < 1 or not margin >= 0:
+        raise ValueError(
+            f"gaussian_separable: got n={n}, d={d}, margin={margin}, expected n, d ≥ 1 and margin ≥ 0"
+        )
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        u = torch.randn(d, generator=generator, dtype=torch.float64)
+        u = u / u.norm()
+        x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        score = x @ u
+        y = torch.where(score >= 0, 1.0, -1.0).double()
+        return x + ((margin - y * score).clamp_min(0) * y)[:, None] * u, y
+
+    return _for_seeds(draw, seed)
+
+
+def teacher_student(
+    n: int = 250,
+    d: int = 232,
+    *,
+    teacher_width: int = 64,
+    active: int = 3,
+    seed: int | Iterable[int] = 0,
+) -> Data:
+    """Gaussian inputs labelled by a sparse random ReLU teacher, sign Σ_j u_j relu⟨w_j, x⟩ (Tsilivis
+    et al. 2026, §4.1): each of ``teacher_width`` neurons reads ``active`` coordinates."""
+    if n < 1 or teacher_width < 1 or not 1 <= active <= d:
+        raise ValueError(
+            f"teacher_student: got n={n}, teacher_width={teacher_width}, active={active}, expected n, teacher_width "
+            f"≥ 1 and active in 1 … {d}"
+        )
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        inner = torch.randn(teacher_width, d, generator=generator, dtype=torch.float64)
+        kept = torch.rand(teacher_width, d, generator=generator).argsort(1).argsort(1) < active
+        outer = torch.randn(teacher_width, generator=generator, dtype=torch.float64)
+        x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        score = torch.relu(x @ (inner * kept).T) @ outer
+        return x, torch.where(score >= 0, 1.0, -1.0).double()
+
+    return _for_seeds(draw, seed)
+
+
+def peers_net(
+    d: int = 20, width: int = 64, n: int = 50, *, seed: int = 0
+) -> tuple[Problem, Tensor]:
+    """A benchmark problem and its start: Gaussian inputs with random labels, exponential loss, and
+    a two-layer ReLU net from W ~ N(0, ¼/d), a ~ N(0, ¼/width)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.where(
+        torch.rand(n, generator=generator, dtype=torch.float64) < 0.5, -1.0, 1.0
+    ).double()
+    net = MLP([d, width, 1], activation=relu)
+    return Problem(net, x, y, exponential), net.init(seeds=seed, scale=0.5)

@@ -1,0 +1,1 @@
+"""Runs: the one loop, events, switches, trajectories and what is recorded of them."""

@@ -1,0 +1,173 @@
+"""Events: where along its way a trajectory first reaches a level of some measurement, and states
+inside a step."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.motion.clocks import Clock
+from flowsim.motion.state import READINGS, State
+from flowsim.problems.objective import Objective
+
+Measure = Callable[[Any, State], Tensor]
+
+
+_HALVINGS = 40  # of a step, which leaves 1e-12 of it
+
+
+@dataclass(frozen=True)
+class Event:
+    """The first point at which ``measure(problem, state)``, a ``(B,)``, is ≥ ``level``, or ≤ with
+    ``falling``.
+
+    The measure is any diagnostic, or a function of a state's weights and readings. It is looked at
+    at the start, where it may be true already, and at the end of each natural step. The point
+    inside the step is found by bisection on the step's dense output, to 1e-12 of the step; for
+    rules whose steps are indivisible it is the first iterate. What is reached and left again within
+    one step is not seen. Steps are never shortened.
+
+    With ``stop`` a trajectory stops there: it has no saves after the event, and its final state,
+    from which it can go on, is the end of the natural step that holds the event. ``name`` says what
+    is measured, for the record of a run; by default the function, or the one that has made it.
+
+    >>> import flowsim as fs
+    >>> Event(fs.diagnostics.accuracy, 1.0).sentence
+    'accuracy ≥ 1'
+    """
+
+    measure: Measure
+    level: float
+    name: str = field(default="", kw_only=True)
+    falling: bool = field(default=False, kw_only=True)
+    stop: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not callable(self.measure):
+            raise TypeError(
+                f"Event: got measure {self.measure!r}, expected a function of (problem, state), "
+                "try flowsim.diagnostics.accuracy"
+            )
+        if (
+            isinstance(self.level, bool)
+            or not isinstance(self.level, Real)
+            or not math.isfinite(self.level)
+        ):
+            raise ValueError(f"Event: got level={self.level!r}, expected a finite number, try 1.0")
+        for name, value in (("falling", self.falling), ("stop", self.stop)):
+            if not isinstance(value, bool):
+                raise TypeError(f"Event: got {name}={value!r}, expected True or False")
+
+    @property
+    def sentence(self) -> str:
+        """The event in words."""
+        name = (
+            self.name or getattr(self.measure, "__qualname__", "measure").partition(".<locals>")[0]
+        )
+        return f"{name} {'≤' if self.falling else '≥'} {self.level:g}" + (
+            ", then stop" if self.stop else ""
+        )
+
+
+def inside(problem: Objective, state: State, u: Float[Tensor, " B"]) -> State:
+    """The state at u of its last step; itself where steps are indivisible. Λ is that of the
+    weights, not of the interpolant, so that all that is read there fits together."""
+    if state.segment is None:
+        return state
+    w, readings = state.segment.at(u)
+    readings["lam"] = torch.where(u < 1, problem.lam(w).double(), readings["lam"])
+    return replace(
+        state,
+        w=w,
+        readings=readings,
+        multipliers=state.segment.multipliers(u),
+        memory={},
+        segment=None,
+    )
+
+
+class Watch:
+    """Finds the events of a run, step by step.
+
+    ``found`` holds the readings and the measure's value at each event, NaN where it has not
+    happened, and ``limit`` what ``clock`` shows where each trajectory stops at an event, infinity
+    where it does not."""
+
+    def __init__(
+        self, problem: Objective, events: Mapping[str, Event], state: State, clock: Clock
+    ) -> None:
+        self.problem, self.events, self.clock, self.before = problem, events, clock, state
+        nowhere = torch.full_like(state.readings["lam"], torch.nan)
+        self.found = {name: dict.fromkeys((*READINGS, "value"), nowhere) for name in events}
+        self.limit = torch.full_like(nowhere, torch.inf)
+        self.look(replace(state, segment=None))  # at the start itself: no step has led there
+
+    def look(self, state: State) -> None:
+        """Record the events of the natural step that has led to ``state``."""
+        for name, event in self.events.items():
+            new = torch.isnan(self.found[name]["value"]) & self._reached(name, state)
+            if bool(new.any()):
+                u = self._located(name, state, new)
+                self._record(name, state, u, new)
+                if event.stop:
+                    shown = _shown(state, self.clock, u)
+                    self.limit = torch.where(new, torch.minimum(self.limit, shown), self.limit)
+        self.before = state
+
+    def _located(self, name: str, state: State, new: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Where in the last step the event happens; 1 for the trajectories without it."""
+        high = torch.ones_like(self.limit)
+        low = torch.where(new, 0.0, high)
+        for _ in range(_HALVINGS if state.segment is not None else 0):
+            middle = 0.5 * (low + high)
+            reached = self._reached(name, self._inside(state, middle))
+            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+        return high
+
+    def _inside(self, state: State, u: Float[Tensor, " B"]) -> State:
+        """The state at u, where tallies and the step size are those before the step until it has
+        ended."""
+        point = inside(self.problem, state, u)
+        early = replace(point, tallies=self.before.tallies, step_size=self.before.step_size)
+        return early.where(u < 1, point)
+
+    def _record(
+        self, name: str, state: State, u: Float[Tensor, " B"], new: Bool[Tensor, " B"]
+    ) -> None:
+        point = self._inside(state, u)
+        here = point.readings | {"value": self._value(name, point)}
+        self.found[name] = {
+            key: torch.where(new, here[key], old) for key, old in self.found[name].items()
+        }
+
+    def _reached(self, name: str, state: State) -> Bool[Tensor, " B"]:
+        event, value = self.events[name], self._value(name, state)
+        return value <= event.level if event.falling else value >= event.level
+
+    def _value(self, name: str, state: State) -> Float[Tensor, " B"]:
+        with torch.no_grad():
+            value = self.events[name].measure(self.problem, state)
+        if not isinstance(value, Tensor) or value.shape != self.limit.shape:
+            got = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            raise ValueError(
+                f"event {name!r}: its measure returned {got}, expected a tensor of shape ({len(self.limit)},), one "
+                "number for each trajectory; try a reduction such as .amin(-1)"
+            )
+        return value.detach().double()
+
+
+def _shown(state: State, clock: Clock, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """What the clock shows at u, as saves are located: on the interpolant."""
+    end = state.readings[clock.reading]
+    return (
+        end
+        if state.segment is None
+        else torch.where(u < 1, state.segment.reading(clock.reading, u), end)
+    )

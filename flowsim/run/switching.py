@@ -1,0 +1,203 @@
+"""One rule after another on the same trajectories: training that changes its method where something
+has happened."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from flowsim.motion.clocks import Target
+from flowsim.motion.rule import Rule
+from flowsim.motion.segment import Segment
+from flowsim.motion.state import State
+from flowsim.problems.objective import Objective
+from flowsim.run.events import Event
+
+_BEFORE, _AFTER = "first", "then"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """``first`` until the event, ``then`` from there on; each trajectory changes at its own time.
+
+    Flows and discrete rules go together in any order, and either may be a `Switch` itself. Steps
+    are not shortened: the second rule begins at the end of the natural step in which the event has
+    happened, and the readings go on. An event that is true at the start leaves nothing for the
+    first rule.
+
+    >>> import flowsim as fs
+    >>> separated = fs.Event(fs.diagnostics.accuracy, 1.0)
+    >>> Switch(fs.GradientDescent(0.1), fs.SignDescent(0.01), separated).label
+    'gradient descent, lr = 0.1; from accuracy ≥ 1 sign descent, lr = 0.01'
+    """
+
+    first: Rule
+    then: Rule
+    at: Event
+
+    def __post_init__(self) -> None:
+        for name in (_BEFORE, _AFTER):
+            rule = getattr(self, name)
+            if isinstance(rule, type) or not all(
+                hasattr(rule, verb) for verb in ("label", "start", "advance")
+            ):
+                raise TypeError(
+                    f"Switch: got {name}={rule!r}, expected a rule, try flowsim.GradientDescent(0.1)"
+                )
+        if not isinstance(self.at, Event):
+            raise TypeError(
+                f"Switch: got at={self.at!r}, expected an event, try flowsim.Event(flowsim.diagnostics.accuracy, 1.0)"
+            )
+
+    @property
+    def label(self) -> str:
+        return f"{self.first.label}; from {self.at.sentence} {self.then.label}"
+
+    def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
+        if isinstance(w_or_state, State) and w_or_state.memory.keys() == {"phase", _BEFORE, _AFTER}:
+            return self._resumed(problem, w_or_state)
+        before = self.first.start(problem, w_or_state)
+        # the second rule starts as well: what it refuses is said now, and its place in the state is
+        # made
+        after = self.then.start(problem, replace(before, memory={}, segment=None))
+        state = _joined(before, after, torch.zeros_like(before.status))
+        return self._handed_over(problem, state, before)
+
+    def _resumed(self, problem: Objective, state: State) -> State:
+        before = self.first.start(problem, _part(state, _BEFORE))
+        after = self.then.start(problem, _part(state, _AFTER))
+        return _joined(before, after, state.memory["phase"])
+
+    def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
+        phase = state.memory["phase"]  # of now: a trajectory that changes goes on in the next call
+        for number, walk in enumerate((self._walk_first, self._walk_then)):
+            pending = state.running & (state.readings[until.clock.reading] < until.value)
+            rows = (pending & (phase == number)).nonzero().squeeze(1)
+            if rows.numel() > 0:
+                part = walk(problem.select(rows), state.select(rows), until.select(rows), budget)
+                state = state.scatter(rows, part)
+        return state
+
+    def _walk_then(self, problem: Objective, state: State, until: Target, budget: int) -> State:
+        return _packed(
+            state, _AFTER, self.then.advance(problem, _part(state, _AFTER), until, budget)
+        )
+
+    def _walk_first(self, problem: Objective, state: State, until: Target, budget: int) -> State:
+        """Step by step, until a trajectory changes."""
+        local = _part(state, _BEFORE)
+        for _ in range(budget):
+            local = self.first.advance(problem, local, until, 1)
+            pending = local.running & (local.readings[until.clock.reading] < until.value)
+            if bool((self._reached(problem, local) | ~pending).any()):
+                break
+        return self._handed_over(problem, _packed(state, _BEFORE, local), local)
+
+    def _handed_over(self, problem: Objective, state: State, before: State) -> State:
+        """``state`` with the second rule started where the event has happened, at ``before``."""
+        rows = (self._reached(problem, before) & before.running).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return state
+        after = self.then.start(
+            problem.select(rows), replace(before.select(rows), memory={}, segment=None)
+        )
+        part = state.select(rows)
+        seen = part.segment, part.multipliers  # the step that has led here, for saves inside of it
+        part = replace(_packed(part, _AFTER, after), segment=seen[0], multipliers=seen[1])
+        part = replace(part, memory=part.memory | {"phase": torch.ones_like(part.status)})
+        return state.scatter(rows, part)
+
+    def _reached(self, problem: Objective, state: State) -> Bool[Tensor, " B"]:
+        with torch.no_grad():
+            value = self.at.measure(problem, state)
+        if not isinstance(value, Tensor) or value.shape != state.status.shape:
+            got = getattr(value, "shape", type(value).__name__)
+            raise ValueError(
+                f"Switch: the measure of its event returned {got}, expected shape ({len(state.status)},), "
+                "one number for each trajectory"
+            )
+        return value <= self.at.level if self.at.falling else value >= self.at.level
+
+
+def _joined(before: State, after: State, phase: Tensor) -> State:
+    """The states of both rules as one, each trajectory with that of its phase."""
+    parts = {"phase": phase, _BEFORE: _own(before), _AFTER: _own(after)}
+    tallies = (
+        dict.fromkeys((*before.tallies, *after.tallies), torch.zeros_like(after.step_size))
+        | after.tallies
+    )
+    dense = before.segment is not None or after.segment is not None
+    kinks = next((s.multipliers for s in (before, after) if s.multipliers is not None), None)
+    whole = replace(
+        before, tallies=tallies, memory=parts, segment=_resting(before) if dense else None
+    )
+    whole = replace(whole, multipliers=kinks)
+    first, then = (
+        _packed(whole, name, part) for name, part in ((_BEFORE, before), (_AFTER, after))
+    )
+    return replace(first.where(phase == 0, then), tallies=tallies, memory=parts)
+
+
+def _own(state: State) -> dict[str, Any]:
+    """What a rule leaves in a state beside weights and readings, in the form that it gave it."""
+    return {
+        "memory": state.memory,
+        "segment": state.segment,
+        "multipliers": state.multipliers,
+        "tallies": state.tallies,
+    }
+
+
+def _part(state: State, name: str) -> State:
+    """The state as one of the two rules has left it."""
+    own = state.memory[name]
+    segment = own.get("segment")
+    return replace(
+        state,
+        tallies={key: state.tallies[key] for key in own["tallies"]},
+        memory=own["memory"],
+        segment=Segment(**segment)
+        if isinstance(segment, dict)
+        else segment,  # a dict where it comes from disk
+        multipliers=own.get("multipliers"),
+    )
+
+
+def _packed(state: State, name: str, part: State) -> State:
+    """``state`` with one rule's ``part`` in it, in a form that does not depend on which rule has
+    moved."""
+    multipliers = part.multipliers
+    if multipliers is None and state.multipliers is not None:
+        multipliers = torch.full_like(state.multipliers, torch.nan)
+    return replace(
+        part,
+        tallies=state.tallies | part.tallies,
+        memory=state.memory | {name: _own(part)},
+        multipliers=multipliers,
+        segment=None
+        if state.segment is None
+        else _complete(part.segment or _resting(part), multipliers),
+    )
+
+
+def _resting(state: State) -> Segment:
+    """A step of no length that has led to the state: what indivisible steps show."""
+    zero, none = torch.zeros_like(state.w), torch.zeros_like(state.step_size)
+    readings = state.readings
+    return Segment(state.w, state.w, zero, zero, readings, readings, none, none, none, none)
+
+
+def _complete(segment: Segment, multipliers: Tensor | None) -> Segment:
+    """The same step with every part of a `Segment` written out."""
+    gap = segment.time_rate1 - segment.time_rate0
+    usual: dict[str, Any] = {
+        "time_slope0": gap,
+        "time_slope1": gap,
+        "bend": torch.zeros_like(segment.w0),
+        "multipliers0": multipliers,
+        "multipliers1": multipliers,
+    }
+    missing = [f.name for f in fields(segment) if getattr(segment, f.name) is None]
+    return replace(segment, **{name: usual[name] for name in missing})

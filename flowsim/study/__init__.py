@@ -1,0 +1,1 @@
+"""Studies of several runs: flows beside discrete training, limits of small steps, branches."""

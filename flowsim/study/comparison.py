@@ -1,0 +1,323 @@
+"""Discrete training beside a flow: runs from one start, and how far they are from the flow where
+both have come equally far."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as Directory
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.diagnostics.margins import margin
+from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target
+from flowsim.motion.rule import Rule
+from flowsim.motion.state import State, Status
+from flowsim.norms.norm import Norm
+from flowsim.norms.vector import L1, L2, Linf
+from flowsim.problems.objective import Objective
+from flowsim.problems.problem import Problem
+from flowsim.run.simulation import Observer, simulate
+from flowsim.run.trajectory import Trajectory
+from flowsim.study.traced_path import Path, Traced
+
+Rules: TypeAlias = Rule | Sequence[Rule] | Mapping[str, Rule | Trajectory]
+
+
+EQUAL = {"log_time": TIME, "lam": LAM, "arclength": ARCLENGTH}
+
+
+PLACES = (*EQUAL, "nearest")
+
+
+APART = ("weights", "direction", "outputs")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs from one start and the flow beside them, at each of the runs' save points.
+
+    ``comparison[label, what, at]`` is how far a run is from the flow, ``(K, B)``. ``at`` says which
+    point of the flow a save point is held against:
+
+        "log_time", "lam", "arclength"   where the flow has come to the same t, Λ or s, s being in the norm of each
+        "nearest"                        where the flow is nearest in ℓ2
+
+    and ``what`` how their distance is measured:
+
+        "weights"      ‖w − v‖₂/‖v‖₂, v the weights of the flow
+        "direction"    ‖w/‖w‖₂ − v/‖v‖₂‖₂
+        "outputs"      ‖f(x; w) − f(x; v)‖₂/‖f(x; v)‖₂, over all examples and outputs of the net
+        anything observed, or a reading of a clock: value of the run less value of the flow
+
+    NaN where a run has stopped, and where the flow has not come that far. What is observed of the
+    flow is observed of its weights, on kinks too."""
+
+    flow: Trajectory
+    runs: dict[str, Trajectory]
+    matched: dict[str, dict[str, dict[str, Float[np.ndarray, "K B *shape"]]]]
+    """``matched[label][at][name]``: the flow's values at the points that the save points are held
+    against."""
+
+    def __getitem__(self, key: tuple[str, str, str]) -> Float[np.ndarray, "K B *shape"]:
+        label, what, at = self._checked(key)
+        there = self.matched[label][at]
+        if what in APART:
+            return there[f"apart_{what}"]
+        ours, theirs = self.runs[label][what], there[what]
+        return np.subtract(
+            ours, theirs, out=np.zeros_like(ours), where=ours != theirs
+        )  # log t = −∞ at the start
+
+    def _checked(self, key: Any) -> tuple[str, str, str]:
+        if not (isinstance(key, tuple) and len(key) == 3):
+            raise KeyError(
+                f'comparison: got {key!r}, expected [label, what, at], try ["…", "weights", "log_time"]'
+            )
+        label, what, at = key
+        names = [
+            *self._distances(),
+            *(name for name in self.flow.names if not name.startswith("tally_")),
+        ]
+        for value, known in ((label, list(self.runs)), (at, PLACES), (what, names)):
+            if value not in known:
+                raise KeyError(f"comparison: got {value!r}, expected one of {', '.join(known)}")
+        return label, what, at
+
+    def _distances(self) -> list[str]:
+        """Those of `APART` that there are: an objective that is no loss has no outputs."""
+        some = next(iter(self.matched.values()))["nearest"]
+        return [what for what in APART if f"apart_{what}" in some]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.runs)
+
+    def slopes(self, label: str) -> tuple[Float[np.ndarray, "K-1 B"], Float[np.ndarray, "K-1 B"]]:
+        """dΛ/ds, the mean from save to save, of a run and of the flow between the same values of
+        Λ."""
+        run, there = self.runs[label], self.matched[label]["lam"]
+        pair = []
+        for lam, s in ((run["lam"], run["arclength"]), (there["lam"], there["arclength"])):
+            rise, walked = np.diff(lam, axis=0), np.diff(s, axis=0)
+            pair.append(np.divide(rise, walked, out=np.full_like(rise, np.nan), where=walked > 0))
+        return pair[0], pair[1]
+
+    def write(self, path: str | Directory) -> Directory:
+        """Write all distances as a CSV file: a row for each run, place, trajectory and save point,
+        with the run's readings of the clocks. Returns the path."""
+        measured = [
+            name
+            for name in self.flow.names
+            if not name.startswith("tally_") and self.flow[name].ndim == 2
+        ]
+        names = [*self._distances(), *measured]
+        with Directory(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(
+                ["run", "at", "trajectory", "save", *EQUAL, *(f"apart_{name}" for name in names)]
+            )
+            for label, run in self.runs.items():
+                clocks = np.stack([run[name] for name in EQUAL])
+                for at in PLACES:
+                    far = np.concatenate([clocks, [self[label, name, at] for name in names]])
+                    for b, k in np.ndindex(len(run), far.shape[1]):
+                        writer.writerow(
+                            [label, at, b, k, *(f"{value:.12g}" for value in far[:, k, b])]
+                        )
+        return Directory(path)
+
+
+def compare(
+    problem: Objective,
+    flow: Rule,
+    rules: Rules,
+    w0: Tensor | State,
+    *,
+    until: SavePlan,
+    observe: Mapping[str, Observer] | None = None,
+    max_steps: int = 1_000_000,
+    progress: bool = False,
+) -> Comparison:
+    """Run ``rules`` and ``flow`` on ``problem`` from ``w0 (B, P)``, and hold them against each
+    other.
+
+    ``rules`` is one rule, several, or a mapping from labels to rules, or to runs from the same
+    start that exist. The flow goes on until it has covered t, Λ and s of all runs, or
+    ``max_steps``, and is read inside its natural steps, so that it is as exact there as its
+    ``rtol`` makes it. Any rule may take its place, such as the same method with a much smaller
+    learning rate; indivisible steps are read as straight ones.
+
+    ``observe`` is by default the margin in ℓ1, ℓ2, ℓ∞ and the flow's norm, for classification.
+    """
+    start = w0.w if isinstance(w0, State) else w0
+    problem.check_weights(start)
+    problem = problem.like(start)
+    flow.start(problem, w0)  # what it refuses is said before anything runs
+    observe = _margins(problem, flow) if observe is None else observe
+    options: dict[str, Any] = {"observe": observe, "max_steps": max_steps, "progress": progress}
+    runs = {}
+    for label, rule in _labelled(rules).items():
+        runs[label] = (
+            rule
+            if isinstance(rule, Trajectory)
+            else simulate(problem, rule, w0, until=until, **options)
+        )
+        _require_weights(label, runs[label], start)
+    traced = Traced(flow)
+    walked = simulate(problem, traced, w0, until=_on_time(until, runs), **options)
+    _go_on(problem, traced, walked.final, runs, max_steps)
+    path = Path.of(problem, traced)
+    return Comparison(
+        walked, runs, {label: _matched(problem, path, run, observe) for label, run in runs.items()}
+    )
+
+
+def _margins(problem: Objective, flow: Rule) -> dict[str, Observer]:
+    if not isinstance(problem, Problem) or problem.loss.reading.targets == "values":
+        return {}
+    own = getattr(flow, "norm", None)
+    norms = [L1(), L2(), Linf(), *([own] if isinstance(own, Norm) else [])]
+    return {f"margin_{norm.name}": margin(norm) for norm in norms}
+
+
+def _labelled(rules: Rules) -> dict[str, Rule | Trajectory]:
+    if isinstance(rules, Mapping):
+        return dict(rules)
+    several = list(rules) if isinstance(rules, Sequence) else [rules]
+    named: dict[str, Rule | Trajectory] = {}
+    for rule in several:
+        if rule.label in named:
+            raise ValueError(
+                f"compare: got two rules labelled {rule.label!r}, expected different labels, try a mapping"
+            )
+        named[rule.label] = rule
+    return named
+
+
+def _require_weights(label: str, run: Trajectory, start: Tensor) -> None:
+    if run.weights is None:
+        raise ValueError(
+            f"compare: {label!r} holds no weights, expected them at each save point; try fewer saves"
+        )
+    if not np.array_equal(run.weights[0], start.detach().cpu().double().numpy()):
+        raise ValueError(
+            f"compare: {label!r} begins at other weights than w0, expected one start of all runs"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The flow, as far as the runs go
+# --------------------------------------------------------------------------------------------------
+
+
+def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
+    """``until`` for the flow; instead of steps, which mean nothing to it, times at which runs save:
+    those of the run with most save points that all of its trajectories reach, and of these of the
+    longest."""
+    if until.clock is not STEPS:
+        return until
+    times = [_common_times(run) for run in runs.values()]
+    points = max(times, key=lambda t: (len(t), t[-1:]))
+    if not points:
+        raise ValueError(
+            "compare: got runs without a step that all their trajectories take, expected longer ones"
+        )
+    return SavePlan(TIME, points[-1], len(points) + 1, until.spread, points)
+
+
+def _common_times(run: Trajectory) -> tuple[float, ...]:
+    """Medians over trajectories of log t at the save points that all have reached, after the
+    start."""
+    known = run["log_time"][np.isfinite(run["log_time"]).all(1)]
+    return tuple(float(t) for t in np.unique(np.median(known, axis=1)))
+
+
+def _go_on(
+    problem: Objective, traced: Traced, state: State, runs: Mapping[str, Trajectory], max_steps: int
+) -> None:
+    """Walk on to the furthest that any run has come to on each clock, trajectories that fail
+    aside."""
+    begun = state.attempts
+    for clock in EQUAL.values():
+        goal = torch.full_like(state.step_size, -torch.inf)
+        for run in runs.values():
+            shown = run.final.readings[clock.reading].to(goal)
+            goal = torch.maximum(
+                goal, torch.where(run.final.status == Status.NONFINITE, -torch.inf, shown)
+            )
+        state = traced.start(problem, state)
+        left = max_steps - int((state.attempts - begun).max())
+        if left > 0 and bool((state.running & (state.readings[clock.reading] < goal)).any()):
+            state = traced.advance(problem, state, Target(clock, goal), left)
+
+
+def _matched(
+    problem: Objective, path: Path, run: Trajectory, observe: Mapping[str, Observer]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The flow's values beside each save point of a run, by the place they are taken at."""
+    weights = torch.from_numpy(run.weights).to(path.steps.w0)
+    found = {}
+    for place in PLACES:
+        if place in EQUAL:
+            state, inside = path.at(
+                EQUAL[place], torch.from_numpy(run[place]).to(path.steps.lam_slope0)
+            )
+        else:
+            state, inside = path.nearest(weights), torch.isfinite(weights).all(-1)
+        found[place] = _values(problem, state, inside, weights, observe)
+    return found
+
+
+def _values(
+    problem: Objective,
+    state: State,
+    inside: Tensor,
+    weights: Tensor,
+    observe: Mapping[str, Observer],
+) -> dict[str, np.ndarray]:
+    """Readings, observations and distances ``(K, B, …)`` at the points of ``state``, NaN where not
+    ``inside``."""
+    K, B = inside.shape
+    several = []
+    for k in range(
+        K
+    ):  # save by save, because an observer may hold data of its own for each trajectory
+        point = state.select(torch.arange(k * B, (k + 1) * B, device=state.w.device))
+        with torch.no_grad():
+            values = dict(point.readings) | {
+                name: measure(problem, point) for name, measure in observe.items()
+            }
+            values |= {
+                f"apart_{what}": far for what, far in _apart(problem, weights[k], point.w).items()
+            }
+        several.append({name: value.detach().double() for name, value in values.items()})
+    found = {}
+    for name in several[0]:
+        value = torch.stack([values[name] for values in several])
+        seen = inside.view(K, B, *[1] * (value.ndim - 2))
+        found[name] = torch.where(seen, value, torch.nan).cpu().numpy()
+    return found
+
+
+def _apart(
+    problem: Objective, w: Float[Tensor, "B P"], v: Float[Tensor, "B P"]
+) -> dict[str, Float[Tensor, " B"]]:
+    pairs = {"weights": (w, v), "direction": (_unit(w), _unit(v))}
+    if isinstance(problem, Problem):
+        pairs["outputs"] = (problem.outputs(w).flatten(1), problem.outputs(v).flatten(1))
+    found = {}
+    for what, (a, b) in pairs.items():
+        far = (a - b).norm(dim=-1)
+        found[what] = torch.where(
+            far == 0, far, far / b.norm(dim=-1)
+        )  # 0 where both are at the origin
+    return found
+
+
+def _unit(w: Tensor) -> Tensor:
+    size = w.norm(dim=-1, keepdim=True)
+    return torch.where(size > 0, w / size, w)

@@ -1,0 +1,111 @@
+"""How fast discrete training approaches a flow as its learning rate shrinks: the order, fitted,
+with an interval."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from flowsim.motion.clocks import SavePlan
+from flowsim.motion.rule import Rule
+from flowsim.motion.state import State
+from flowsim.problems.objective import Objective
+from flowsim.run.simulation import Observer
+from flowsim.study.comparison import Comparison, compare
+
+_FINER = 8  # than the last learning rate: the reference where there is no flow
+
+
+@dataclass(frozen=True)
+class Order:
+    """Fitted orders of B trajectories, ``each (B,)``; their median, and an interval from ``low`` to
+    ``high`` that holds the median of the seeds' distribution with probability ``coverage``,
+    whatever that distribution is."""
+
+    each: Float[np.ndarray, " B"]
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}, {self.coverage:.1%} interval of the median)"
+
+    @staticmethod
+    def of(each: Float[np.ndarray, " B"], confidence: float = 0.95) -> "Order":
+        """The narrowest interval between the k-th smallest and the k-th largest that covers the
+        median with ``confidence``, or all of them: 1 − 2·P(fewer than k of n fair coins fall
+        heads). NaNs are left out."""
+        known = np.sort(each[np.isfinite(each)])
+        n = len(known)
+        if n == 0:
+            return Order(each, math.nan, math.nan, math.nan, 0.0)
+        below = np.cumsum([math.comb(n, k) for k in range(n)]) / 2.0**n
+        k = max((k for k in range((n + 1) // 2) if 1 - 2 * below[k] >= confidence), default=0)
+        return Order(
+            each, float(np.median(known)), known[k], known[n - 1 - k], max(0.0, 1 - 2 * below[k])
+        )
+
+
+@dataclass(frozen=True)
+class OrderStudy:
+    """Runs of one method with the learning rates of ``ladder``, coarse to fine, and what they tend
+    to."""
+
+    ladder: tuple[float, ...]
+    comparison: Comparison
+
+    def distances(self, what: str = "weights", at: str = "log_time") -> Float[np.ndarray, "R B"]:
+        """The largest distance of each run over its save points, as `Comparison` measures it; NaN
+        for a run that has stopped."""
+        far = [np.abs(self.comparison[label, what, at]) for label in self.comparison.labels]
+        return np.stack([d.reshape(*d.shape[:2], -1).max((0, 2)) for d in far])
+
+    def order(self, what: str = "weights", at: str = "log_time") -> Order:
+        """p of a least-squares line log distance = p log η + c through the ladder, for each
+        trajectory."""
+        far = self.distances(what, at)
+        y = np.log(np.where(far > 0, far, np.nan))
+        x = np.log(self.ladder) - np.mean(np.log(self.ladder))
+        return Order.of(x @ (y - y.mean(0)) / (x @ x))
+
+
+def order_study(
+    problem: Objective,
+    method: Callable[[float], Rule],
+    w0: Tensor | State,
+    *,
+    ladder: Sequence[float],
+    until: SavePlan,
+    flow: Rule | None = None,
+    observe: Mapping[str, Observer] | None = None,
+    max_steps: int = 1_000_000,
+) -> OrderStudy:
+    """Run ``method(η)`` for each η of ``ladder`` and fit the order at which it approaches ``flow``
+    as η → 0.
+
+    Without a flow, as for norms with ties on smooth nets, an eighth of the last η stands for it.
+    That shows at which order runs approach each other, and not what; fitted orders are then too
+    large, by 0.03 on a ladder of 64.
+
+    Give the flow an ``rtol`` that leaves it more exact than the finest run. ``until`` is best
+    `flowsim.time`, or for normalised rules `flowsim.arclength`."""
+    ladder = tuple(float(lr) for lr in ladder)
+    if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
+        raise ValueError(
+            f"order_study: got ladder={ladder}, expected at least three falling rates, try (0.1, 0.05, 0.025)"
+        )
+    rules = {f"η = {lr:g}": method(lr) for lr in ladder}
+    if len(rules) < len(ladder):
+        raise ValueError(
+            f"order_study: got ladder={ladder}, expected learning rates that differ by more than 1e-6"
+        )
+    reference = method(ladder[-1] / _FINER) if flow is None else flow
+    found = compare(
+        problem, reference, rules, w0, until=until, observe=observe, max_steps=max_steps
+    )
+    return OrderStudy(ladder, found)

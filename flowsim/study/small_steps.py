@@ -1,0 +1,289 @@
+"""What small steps tend to, as a measurement: the same run with smaller and smaller steps, and what
+the steps still change.
+
+On smooth fields, and in ℓ2 also across kinks, small steps of steepest descent tend to the steepest
+flow. On nets with kinks in ℓ1, ℓ∞ or spectral norms they tend to something else. At a kink they go
+to and fro, so that their velocity is a mean of *directions*, an element of conv{u⁻, u⁺} that stays
+on the kink (Filippov 1988); the steepest flow takes the direction of a mean of *gradients*, that of
+least dual norm (Tsilivis et al. 2026, Prop. 7). Where both sides ask for opposite directions the
+mean is zero, and small steps stall where the flow goes on. Where many kinks are crossed at once,
+the hull of directions does not determine a velocity. There is no equation to integrate then, and
+whether there is a limit at all is a matter of trying."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.descent.small_step import SmallStep
+from flowsim.descent.steepest import SteepestDescent
+from flowsim.diagnostics.margins import margin
+from flowsim.flow.steepest import SteepestFlow
+from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
+from flowsim.motion.state import State, Status
+from flowsim.norms.norm import Norm
+from flowsim.problems.objective import Objective
+from flowsim.problems.problem import Problem
+from flowsim.run.events import Event
+from flowsim.run.simulation import Observer, simulate
+from flowsim.run.trajectory import Trajectory
+from flowsim.velocity import select
+
+_WATCHED = 500  # steps that decide whether a run stalls
+
+
+_IDLE = 0.02  # of their predicted gain: a run that gains less stalls
+
+
+@dataclass(frozen=True)
+class SmallStepLimit:
+    """Small-step runs from one start with the steps of a ladder, coarse to fine, and what their
+    differences tell.
+
+    ``stalled`` are the trajectories that no longer rise with the finest steps. ``slope`` is the
+    rise of Λ per arclength that the steepest flow has there, counting the kinks that the steps
+    cross as kinks that they are on. It is zero at a point that is stationary to within the step,
+    and NaN for trajectories that go on and for nets whose kinks are not at hand."""
+
+    ladder: tuple[float, ...]
+    runs: tuple[Trajectory, ...]
+    stalled: Bool[np.ndarray, " B"]
+    slope: Float[np.ndarray, " B"]
+
+    @property
+    def finest(self) -> Trajectory:
+        return self.runs[-1]
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "R K B *shape"]:
+        """A value of all runs at the common saves; ``"direction"`` is w/‖w‖₂."""
+        if name == "direction":
+            weights = [run.weights for run in self.runs if run.weights is not None]
+            if len(weights) < len(self.runs):
+                raise ValueError(
+                    "direction: the runs hold no weights, expected them at each save; try fewer saves"
+                )
+            return np.stack([w / np.linalg.norm(w, axis=-1, keepdims=True) for w in weights])
+        return np.stack([run[name] for run in self.runs])
+
+    def differences(self, name: str) -> Float[np.ndarray, "R-1 K B"]:
+        """What each run changes against the one before, over the largest value of all runs and
+        saves."""
+        value = self[name]
+        value = value.reshape(*value.shape[:3], -1)
+        scale = np.nanmax(np.linalg.norm(value, axis=-1), axis=(0, 1))
+        return np.linalg.norm(np.diff(value, axis=0), axis=-1) / np.where(scale > 0, scale, 1.0)
+
+    def order(self, name: str) -> Float[np.ndarray, "R-2 K B"]:
+        """p, where a difference falls like the step to the p; NaN where nothing differs."""
+        d = self.differences(name)
+        d = np.where(d > 0, d, np.nan)
+        shrink = np.log([a / b for a, b in pairwise(self.ladder)])[1:]
+        return np.log(d[:-1] / d[1:]) / shrink[:, None, None]
+
+    def error(self, name: str) -> Float[np.ndarray, "K B"]:
+        """Richardson's estimate of what the finest run is off, on the scale of `differences`.
+
+        d/(ρᵖ − 1), with the ladder's last ratio ρ and the observed order, but 1 where it is higher
+        and ½ where it is lower. d is the last difference, or the one before over ρ if that is
+        larger: one may be small by chance."""
+        ratio = self.ladder[-2] / self.ladder[-1]
+        before, last = self.differences(name)[-2:]
+        p = np.clip(np.nan_to_num(self.order(name)[-1], nan=1.0), 0.5, 1.0)
+        return np.maximum(last, before / ratio) / (ratio**p - 1)
+
+    def verdicts(self, name: str = "margin", tol: float = 0.01) -> list[str]:
+        """One sentence for each trajectory: whether ``name`` has converged to ``tol`` at all saves,
+        on the scale of `differences`, or why not."""
+        return [self._verdict(b, name, tol) for b in range(len(self.finest))]
+
+    def _verdict(self, b: int, name: str, tol: float) -> str:
+        if self.stalled[b]:
+            return self._stall(b)
+        value, error, last = (
+            self[name][-1, -1, b],
+            self.error(name)[:, b],
+            self.differences(name)[-1, :, b],
+        )
+        if not np.isfinite(error).all():
+            stops = ", ".join(run.statuses[b].name for run in self.runs)
+            return f"not reached: the runs stopped with {stops}, the finest at level {self._level(b):.4g}"
+        if error.max() > tol:
+            return (
+                f"not converged: the two finest runs differ by {last.max():.1%} in {name}, the finest is off by an "
+                f"estimated {error.max():.1%}"
+            )
+        where = f"{name} {value:.4g}" if value.ndim == 0 else name
+        order = self.order(name)[-1, last.argmax(), b]
+        falls = (
+            f"differences fall with order {order:.1f}"
+            if order >= 0.5
+            else "differences no longer fall"
+        )
+        return f"converged: {where} with an estimated error of {error.max():.1%}; {falls}"
+
+    def _stall(self, b: int) -> str:
+        at, slope = f"level {self._level(b):.4g}", self.slope[b]
+        if math.isnan(slope):
+            return f"stalls at {at}; whether that point is stationary is not known for this net"
+        if slope == 0:
+            return f"stalls at {at}, at a stationary point to within the step"
+        return f"stalls at a non-stationary point: at {at} the steepest flow rises with slope {slope:.3g}"
+
+    def _level(self, b: int) -> float:
+        return float(self.finest.final.readings["lam"][b])
+
+
+def small_step_limit(
+    problem: Objective,
+    norm: Norm,
+    w0: Tensor | State,
+    *,
+    until: SavePlan,
+    ladder: Sequence[float] = (0.1, 0.05, 0.025, 0.0125),
+    observe: Mapping[str, Observer] | None = None,
+    max_steps: int = 100_000,
+    **options: Any,
+) -> SmallStepLimit:
+    """What small-step steepest descent tends to as its steps shrink: `SmallStep` with each step of
+    ``ladder``, from one start to one end, with a report of convergence.
+
+    A step h predicts the gain ``dlam`` = h in Λ and moves no weight by more than ``relative`` = h
+    of the largest. On smooth fields, and in ℓ2, the limit is the steepest flow. On nets with kinks
+    in ℓ1, ℓ∞ or spectral norms it is another object, Filippov's mean of directions, or none; see
+    the module. Where branches or chatter of many kinks scatter the weights, margins may settle long
+    before directions do.
+
+    ``observe`` is by default the margin in ``norm``, for classification. The finest run takes at
+    most ``max_steps`` steps and coarser ones in proportion to their steps, so that all may go
+    equally far; ``options`` are those of `simulate`. A run that gains next to nothing of what its
+    steps predict is watched for a while longer, to tell a stall from slow progress."""
+    ladder = tuple(float(h) for h in ladder)
+    if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
+        raise ValueError(
+            f"small_step_limit: got ladder={ladder}, expected at least three falling steps, try (0.1, 0.05, 0.025)"
+        )
+    if observe is None:
+        classifies = isinstance(problem, Problem) and problem.loss.reading.targets != "values"
+        observe = {"margin": margin(norm)} if classifies else {}
+    runs = []
+    for h in ladder:
+        most = math.ceil(max_steps * ladder[-1] / h)
+        rule = SmallStep(norm, dlam=h, relative=h)
+        runs.append(
+            simulate(problem, rule, w0, until=until, observe=observe, max_steps=most, **options)
+        )
+    return SmallStepLimit(ladder, tuple(runs), *_stalls(problem, norm, runs[-1], ladder[-1]))
+
+
+def gain_ratio(
+    problem: Objective, flow: SteepestFlow, w0: Tensor | State, *, length: float, tiny: int = 2000
+) -> Float[Tensor, " B"]:
+    """How much faster the flow raises Λ than tiny steps of steepest descent do, from one state over
+    one arclength.
+
+    The flow goes on from ``w0`` by ``length``, in its own norm. Steps of length/tiny go until they
+    are as far from ``w0`` as the flow is: *net*, since much of what they do across kinks is undone
+    by the next step. The ratio of the rises is 1 where small steps tend to the flow, up to an error
+    of order 1/tiny. NaN where the flow stops early, and where 10·tiny steps do not get there.
+
+    A State of a flow carries the multipliers of the kinks that ``w0`` is on.
+    """
+    norm = flow.norm.bind(problem.layout)
+    start = flow.start(problem.like(w0.w if isinstance(w0, State) else w0), w0)
+    start = replace(
+        start, readings=start.readings | {"arclength": torch.zeros_like(start.step_size)}
+    )
+    away = {"away": lambda problem, state: norm.value(state.w - start.w)}
+    walked = simulate(problem, flow, start, until=arclength([length]), observe=away)
+    net = torch.from_numpy(walked["away"][-1]).to(start.w)
+    there = Event(lambda problem, state: norm.value(state.w - start.w) / net, 1.0, stop=True)
+    rule = SteepestDescent(flow.norm, length / tiny, normalized=True)
+    stepped = simulate(problem, rule, start.w, until=steps([10 * tiny]), events={"there": there})
+    found = stepped.events["there"]
+    risen = (found["lam"] - stepped["lam"][0]) / found["value"]
+    return torch.from_numpy((walked["lam"][-1] - walked["lam"][0]) / risen)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stalls
+# --------------------------------------------------------------------------------------------------
+
+
+def _stalls(
+    problem: Objective, norm: Norm, run: Trajectory, h: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which trajectories of the finest run stall, and the slope of the steepest flow where they
+    do."""
+    stalled, slope = _efficiency(run) < 0.1, np.full(len(run), np.nan)
+    if stalled.any():
+        problem = problem.like(run.final.w)
+        first, last, crossed = _watched(problem, SmallStep(norm, dlam=h, relative=h), run.final)
+        gained, predicted, walked = (
+            last.readings[name] - first.readings[name]
+            for name in ("lam", "dissipated", "arclength")
+        )
+        stalled &= (gained < _IDLE * predicted).cpu().numpy()
+        if stalled.any() and crossed is not None:
+            ahead = _slope_ahead(problem, norm, last.w, crossed, walked / _WATCHED)
+            slope[stalled] = ahead.cpu().numpy()[stalled]
+    return stalled, slope
+
+
+def _efficiency(run: Trajectory) -> Float[np.ndarray, " B"]:
+    """The rise of Λ over what the steps predicted, from the last save that was reached before the
+    end."""
+    done = [status is Status.DONE for status in run.statuses]
+    last = np.isfinite(run["lam"]).sum(0) - 1 - done, np.arange(len(run))
+    rise, predicted = (
+        run.final.readings[name].cpu().numpy() - run[name][last] for name in ("lam", "dissipated")
+    )
+    return rise / np.where(predicted > 0, predicted, np.nan)
+
+
+def _watched(
+    problem: Objective, rule: SmallStep, state: State
+) -> tuple[State, State, Bool[Tensor, "B K"] | None]:
+    """Some more steps: where they begin and end, and which kinks they cross (None if not known)."""
+    first = state = rule.start(problem, state)
+    until = Target(STEPS, state.readings["steps"] + _WATCHED)
+    side = _sides(problem, state.w)
+    crossed = None if side is None else torch.zeros_like(side)
+    while bool((state.running & (state.readings["steps"] < until.value)).any()):
+        state = rule.advance(problem, state, until, 1)
+        if crossed is not None:
+            after = _sides(problem, state.w)
+            crossed, side = crossed | (after != side), after
+    return first, state, crossed
+
+
+def _sides(problem: Objective, w: Tensor) -> Bool[Tensor, "B K"] | None:
+    """On which side of its kinks w is; None for nets whose kinks are not at hand."""
+    if not problem.kinks:
+        return torch.zeros(len(w), 0, dtype=torch.bool, device=w.device)
+    try:
+        return problem.hinges(w).z > 0
+    except ValueError:
+        return None
+
+
+def _slope_ahead(
+    problem: Objective,
+    norm: Norm,
+    w: Float[Tensor, "B P"],
+    crossed: Bool[Tensor, "B K"],
+    length: Float[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """The slope of the steepest flow at w, taken to be on the crossed kinks; zero if straight on by
+    ``length``, one step, Λ does not rise by half of what the slope says."""
+    multipliers = (
+        torch.where(crossed, 0.5, (problem.hinges(w).z > 0).to(w)) if problem.kinks else None
+    )
+    flow = select(problem, norm, w, multipliers)
+    rise = problem.lam(w + length.to(w)[:, None] * flow.direction) - problem.lam(w)
+    return torch.where(rise > 0.5 * length * flow.dual, flow.dual, 0.0)

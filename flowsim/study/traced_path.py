@@ -1,0 +1,179 @@
+"""A run that can be read at any of its points: all natural steps of a rule, kept."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.flow.steepest import SteepestFlow
+from flowsim.motion.clocks import Clock, Target
+from flowsim.motion.rule import Refining, Rule
+from flowsim.motion.segment import Segment
+from flowsim.motion.state import State, tree_map
+from flowsim.problems.objective import Objective
+
+_MOST = 2**26  # numbers of one kind; 512 MiB in float64
+
+
+_GOLDEN = 0.5 * (5**0.5 - 1)
+
+
+@dataclass(frozen=True, repr=False)
+class Traced:
+    """``rule``, which leaves its natural steps in ``steps``. Indivisible steps are kept as straight
+    ones."""
+
+    rule: Rule
+    steps: list[Segment] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
+
+    @property
+    def label(self) -> str:
+        return self.rule.label
+
+    @property
+    def norm(self) -> Any:
+        return self.rule.norm  # type: ignore[attr-defined]
+
+    def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
+        return self.rule.start(problem, w_or_state)
+
+    def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
+        for _ in range(budget):
+            before, state = state, self.rule.advance(problem, state, until, 1)
+            self._keep(before, state)
+            if not bool(
+                (state.running & (state.readings[until.clock.reading] < until.value)).any()
+            ):
+                break
+        return state
+
+    def settled(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
+        return (
+            self.rule.settled(problem, state, u, point)
+            if isinstance(self.rule, Refining)
+            else point
+        )
+
+    def _keep(self, before: State, state: State) -> None:
+        if not bool((state.readings["steps"] > before.readings["steps"]).any()):
+            return
+        if state.segment is None and isinstance(self.rule, SteepestFlow):
+            raise ValueError(
+                f"{self.label}: got a method whose steps cannot be read inside, expected one of flowsim's own"
+            )
+        if (len(self.steps) + 1) * state.w.numel() > _MOST:
+            raise ValueError(
+                f"{self.label}: got a path of more than {len(self.steps)} steps, expected at most {_MOST} numbers to "
+                "keep; try fewer trajectories, a shorter run or a looser rtol"
+            )
+        self.steps.append(_chord(before, state) if state.segment is None else _bare(state.segment))
+
+
+def _bare(segment: Segment) -> Segment:
+    return replace(segment, multipliers0=None, multipliers1=None)
+
+
+def _chord(a: State, b: State) -> Segment:
+    """The straight step from a to b, walked evenly in all readings."""
+    move, rise, even = (
+        b.w - a.w,
+        b.readings["lam"] - a.readings["lam"],
+        torch.zeros_like(a.step_size),
+    )
+    return Segment(a.w, b.w, move, move, a.readings, b.readings, rise, rise, even, even)
+
+
+@dataclass(frozen=True)
+class Path:
+    """The natural steps of B trajectories, one after another: a `Segment` of tensors ``(S, B, …)``.
+
+    Points are read ``(K, B)`` at a time and come as a State of K·B trajectories, all of the first
+    reading first, so that everything that measures states measures them. They have no tallies,
+    memory and multipliers."""
+
+    problem: Objective
+    steps: Segment
+
+    @staticmethod
+    def of(problem: Objective, traced: Traced) -> "Path":
+        """The path that a rule has left. Raises ValueError if it has not moved."""
+        if not traced.steps:
+            raise ValueError(f"{traced.label}: got a run without a step, expected a path")
+        return Path(problem, tree_map(lambda *steps: torch.stack(steps), *traced.steps))
+
+    def at(self, clock: Clock, values: Float[Tensor, "K B"]) -> tuple[State, Bool[Tensor, "K B"]]:
+        """Where the clock first shows these values, and which of them it shows: beyond the end it
+        is the end."""
+        ends = self.steps.readings1[clock.reading].cummax(0).values
+        index = torch.searchsorted(ends.T.contiguous(), values.T.contiguous()).T
+        inside = index < len(ends)
+        step = self._step(index.clamp_max(len(ends) - 1))
+        u = step.locate(Target(clock, torch.where(inside, values, torch.inf).flatten()))
+        return self._state(step, u), inside
+
+    def nearest(self, w: Float[Tensor, "K B P"]) -> State:
+        """Where the path is nearest to these weights in ℓ2: in one of the two steps that meet in
+        the nearest end."""
+        ends = torch.cat([self.steps.w0[:1], self.steps.w1])
+        apart = torch.cdist(
+            w.transpose(0, 1), ends.transpose(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        apart = apart.nan_to_num(torch.inf)
+        # a trajectory that rests while others move repeats its end: one step leads to the first,
+        # one leaves the last
+        first, last = apart.argmin(-1).T, apart.shape[-1] - 1 - apart.flip(-1).argmin(-1).T
+        before = self._step((first - 1).clamp_min(0))
+        after = self._step(last.clamp_max(len(ends) - 2))
+        (u0, far0), (u1, far1) = (_closest(step, w.flatten(0, 1)) for step in (before, after))
+        sooner = far0 <= far1
+        step = tree_map(
+            lambda a, b: torch.where(sooner.view(-1, *[1] * (a.ndim - 1)), a, b), before, after
+        )
+        return self._state(step, torch.where(sooner, u0, u1))
+
+    def _step(self, index: Tensor) -> Segment:
+        """The steps of this ``index (K, B)``, one for each row of a batch of K·B."""
+        columns = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        return tree_map(lambda t: t[index, columns].flatten(0, 1), self.steps)
+
+    def _state(self, step: Segment, u: Tensor) -> State:
+        w, readings = step.at(u)
+        readings["lam"] = torch.where(
+            u < 1, self.problem_of(len(u)).lam(w).double(), readings["lam"]
+        )
+        none = torch.full_like(u, torch.nan)
+        return State(
+            w, readings, {}, torch.zeros_like(u, dtype=torch.long), step_size=none, memory={}
+        )
+
+    def problem_of(self, rows: int) -> Objective:
+        """The objective of the K·B trajectories of a reading."""
+        width = self.steps.w0.shape[1]
+        return self.problem.select(
+            torch.arange(width, device=self.steps.w0.device).repeat(rows // width)
+        )
+
+
+def _closest(
+    step: Segment, w: Float[Tensor, "R P"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Where each step is nearest to w, and its distance there, by golden section."""
+    plain = replace(step, readings0={}, readings1={})
+
+    def distance(u: Tensor) -> Tensor:
+        return (plain.at(u)[0] - w).norm(dim=-1).double()
+
+    low, high = torch.zeros_like(step.lam_slope0), torch.ones_like(step.lam_slope0)
+    for _ in range(45):
+        a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        left = distance(a) <= distance(b)
+        low, high = torch.where(left, low, a), torch.where(left, b, high)
+    u = torch.stack([torch.zeros_like(low), 0.5 * (low + high), torch.ones_like(low)])
+    far = torch.stack([distance(row) for row in u])
+    best = far.nan_to_num(torch.inf).argmin(0, keepdim=True)
+    return u.gather(0, best)[0], far.gather(0, best)[0]

@@ -1,0 +1,125 @@
+"""The command line, called as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import flowsim as fs
+from flowsim.experiment.cli import main
+
+SMALL = """
+name = "tiny"
+seeds = [0, 1]
+[data]
+kind = "gaussian_separable"
+n = 8
+d = 3
+[net]
+kind = "mlp"
+hidden = [4]
+[init]
+scale = 0.5
+[until]
+value = 5.0
+saves = 8
+[[rules]]
+kind = "small_steps"
+norm = "l2"
+dlam = 0.2
+[[rules]]
+kind = "descent"
+norm = "linf"
+lr = 0.01
+normalized = true
+max_steps = 10
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_run_writes_a_directory_that_loads_and_prints_why_each_run_stopped(config, tmp_path):
+    result = call("run", config, "-o", tmp_path / "out", "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert "2 × DONE" in result.output
+    assert "2 × MAX_STEPS" in result.output
+    assert (
+        "ℓ2 small steps, ΔΛ = 0.2: separated; soft margin monotone; energy balance" in result.output
+    )
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert made > {"config.toml", "summary.csv", "margins.csv"}
+    assert made > {"margins.pdf", "margins.png", "trust.pdf", "trust.png"}
+    run = fs.load(tmp_path / "out" / "l2-small-steps-dlam-0.2")
+    assert run["lam"][-1] == pytest.approx([5.0, 5.0], abs=1e-2)
+    record = json.loads((tmp_path / "out" / "l2-small-steps-dlam-0.2" / "run.json").read_text())
+    assert record["provenance"]["flowsim"] == fs.__version__
+    assert record["provenance"]["commit"] is None or len(record["provenance"]["commit"]) >= 40
+
+
+def test_results_are_not_overwritten_without_being_asked(config, tmp_path):
+    out = tmp_path / "out"
+    assert call("run", config, "-o", out, "--no-progress").exit_code == 0
+    again = call("run", config, "-o", out, "--no-progress")
+    assert again.exit_code == 1
+    assert "holds results already" in again.output
+    assert call("run", config, "-o", out, "--no-progress", "--overwrite").exit_code == 0
+
+
+def test_init_writes_the_commented_demo_and_never_over_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    first = call("init", path)
+    assert first.exit_code == 0
+    assert f"flowsim run {path}" in first.output
+    assert "# " in path.read_text()
+    again = call("init", path)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    assert call("init", path, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "mlp"', 'kind = "cnn"', "net"),
+        ("lr = 0.01", "lr = 0", "lr"),
+        ('norm = "l2"', 'norm = "ell2"', "got 'ell2'"),
+        ('name = "tiny"', "name =", "not a TOML file"),
+        ("dlam = 0.2", "dlam = 0.2\nstep = 3", "step"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_without_a_traceback(old, new, message, config, tmp_path):
+    config.write_text(SMALL.replace(old, new), encoding="utf-8")
+    result = call("run", config, "-o", tmp_path / "out", "--no-progress")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()  # a corrected file runs without --overwrite
+
+
+def test_a_missing_file_and_an_unknown_command_are_usage_errors(tmp_path):
+    assert call("run", tmp_path / "none.toml").exit_code == 2
+    assert call("simulate").exit_code == 2
+
+
+def test_help_and_version_do_not_import_torch():
+    for option in ("--help", "--version"):
+        code = (
+            "import sys; from flowsim.experiment.cli import main\n"
+            f"try: main([{option!r}])\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'scipy', 'matplotlib', 'sklearn', 'pydantic'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,359 @@
+"""Laws of the sets of steepest directions, over every norm and tie, and their minimisers against
+convex solvers."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowsim.layout import lay_out
+from flowsim.norms import faces
+from flowsim.norms.blocks import Euclidean, Max, Sum
+from flowsim.norms.matrix import Nuclear, Schatten, Spectral
+from flowsim.norms.vector import L1, L2, Linf, Lp
+from flowsim.numerics.roots import root
+from tests.norms.test_norm import (
+    BLOCKS,
+    CASES,
+    SCALES,
+    Case,
+    assert_close,
+    dot,
+    slack,
+    spd,
+    uniform,
+)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["f64", "f32"])
+def typed(request, case) -> Case:
+    return case.to(request.param)
+
+
+@pytest.fixture(scope="module")
+def points(typed) -> Tensor:
+    """Six projections of near points, two of far ones, eight means, the chosen steepest direction,
+    the element."""
+    v = uniform(6, *typed.g.shape, seed=11).to(typed.g)
+    face = typed.norm.face(typed.g)
+    x = torch.cat([face.project(3 * v), face.project(300 * v[:2])])
+    mean = (x + x.roll(1, 0)) / 2
+    return torch.cat([x, mean, typed.norm.steepest(typed.g)[None], face.element()[None]])
+
+
+class TestFace:
+    def test_every_point_attains_the_dual_norm_inside_the_ball(self, typed, points):
+        assert_close(dot(typed.g, points), typed.norm.dual(typed.g).expand(points.shape[:-1]))
+        assert (typed.norm.value(points) <= 1 + slack(points.dtype)).all()
+
+    def test_every_point_is_its_own_projection(self, typed, points):
+        near, far, mean = 0, 6, 8
+        assert typed.norm.face(typed.g).contains(points[[near, far, mean, -2, -1]]).all()
+
+    def test_other_points_are_not_contained(self, case):
+        face = case.norm.face(case.g)
+        assert not face.contains(2 * case.norm.steepest(case.g))[:-1].any()
+        assert not face.contains(-case.norm.steepest(case.g))[:-1].any()
+        assert not face.contains(uniform(*case.g.shape, seed=12) * 10).any()
+
+    def test_element_is_the_shortest(self, typed, points):
+        face, x = typed.norm.face(typed.g), points
+        assert_close(face.element(), face.project(torch.zeros_like(typed.g)))
+        assert (
+            dot(face.element(), x) >= dot(face.element(), face.element()) - slack(x.dtype)
+        ).all()
+
+    def test_projection_is_the_nearest_point(self, case):
+        """<v - Pv, u - Pv> <= 0 for every point u of the face, by its support function."""
+        v = 3 * uniform(4, *case.g.shape, seed=13)
+        face = case.norm.face(case.g)
+        residual = v - (x := face.project(v))
+        gap = face.support(residual) - dot(residual, x)
+        assert (gap.abs() <= 1e-12 * (1 + v.norm(dim=-1))).all()
+
+    def test_support_is_the_largest_inner_product(self, typed, points):
+        face, x = typed.norm.face(typed.g), points
+        c = uniform(*typed.g.shape, seed=14).to(typed.g)
+        assert (dot(c, x) <= face.support(c) + slack(x.dtype) * c.norm(dim=-1)).all()
+        # P(t c) loses at most diameter^2 / t
+        far = 1e6 if typed.g.dtype == torch.float64 else 1e3
+        assert (dot(c, face.project(far * c)) >= face.support(c) * (1 - 1e-14) - 400 / far).all()
+
+    def test_where_the_gradient_vanishes_the_face_is_the_ball(self, case):
+        face, v = case.norm.face(case.g), uniform(*case.g.shape, seed=15)
+        assert_close(face.project(v)[-1], case.norm.project(v[-1]))
+        assert_close(face.support(v)[-1], case.norm.dual(v[-1]))
+        assert face.element()[-1].eq(0).all()
+
+    def test_rows_do_not_influence_each_other(self, case):
+        v = 3 * uniform(*case.g.shape, seed=16)
+        together = case.norm.face(case.g).project(v)
+        for row in (0, 3, len(v) - 1):
+            assert_close(case.norm.face(case.g[row]).project(v[row]), together[row])
+
+    def test_minimiser_satisfies_the_variational_inequality(self, case):
+        """<H v, u - v> >= 0 for every u of the face, by its support function."""
+        g = case.g[[0, 3, 4, -1]]
+        if case.norm.name.startswith(("sum(W:schatten", "euclidean(W:schatten")):
+            g = g[:-1]  # three roots inside each other: correct, but not for hundreds of steps
+        hessian, face = spd(case.size), case.norm.face(g)
+        v = face.minimise(lambda v: v @ hessian)
+        assert face.contains(v).all()
+        assert (face.support(-v @ hessian) + dot(v @ hessian, v) <= 1e-8).all()
+
+
+class TestTolerance:
+    def test_is_relative_to_the_dual_norm(self):
+        g = 1e-100 * torch.tensor([1.0, 1 - 1e-6, 1e-6], dtype=torch.float64)
+        assert L1().face(g, tol=1e-5).signs.tolist() == [1, 1, 0]
+        assert L1().face(g, tol=1e-7).signs.tolist() == [1, 0, 0]
+        assert Linf().face(g, tol=1e-6).low.tolist() == [1, 1, -1]
+        assert Linf().face(g, tol=1e-7).low.tolist() == [1, 1, 1]
+
+    def test_singular_values(self):
+        g = torch.diag(torch.tensor([1.0, 1 - 1e-6, 1e-6], dtype=torch.float64)).flatten()
+        shape = lay_out({"W": (3, 3)})
+        for tol, tied, rank in ((1e-5, 2, 2), (1e-8, 1, 3)):
+            assert Nuclear().bind(shape).face(g, tol).top.sum() == tied
+            assert Spectral().bind(shape).face(g, tol).u.square().sum().round() == rank
+
+    def test_blocks_of_max_inherit_it_from_the_whole_gradient(self):
+        shapes = lay_out({"a": (2,), "b": (2,)})
+        g = torch.tensor([3.0, 1.0, 1e-12, 0.0], dtype=torch.float64)
+        c = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+        for tol, free in ((1e-9, 1.0), (1e-13, 0.0)):
+            assert Max(L2()).bind(shapes).face(g, tol).support(c) == free
+
+    def test_blocks_of_sum_tie_when_their_scaled_duals_do(self):
+        shapes, g = lay_out({"a": (2,), "b": (2,)}), torch.tensor([2.0, 0.0, 4.0, 0.0])
+        assert Sum(L2(), {"a": 2.0}).bind(shapes).face(g).tied.tolist() == [True, True]
+        assert Sum(L2()).bind(shapes).face(g).tied.tolist() == [False, True]
+
+
+def quadratic(hessian: Tensor, v: cp.Expression) -> cp.Expression:
+    factor = np.linalg.cholesky(hessian.numpy()).T
+    return cp.sum_squares(factor @ v) / 2
+
+
+def solved(v: cp.Expression, hessian: Tensor, constraints: list) -> Tensor:
+    accuracy = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
+    cp.Problem(cp.Minimize(quadratic(hessian, v)), constraints).solve(
+        solver=cp.CLARABEL, **accuracy
+    )
+    return torch.from_numpy(np.asarray(v.value, dtype=np.float64).ravel())
+
+
+def assert_minimiser(norm, g: Tensor, v: cp.Expression, constraints: list) -> None:
+    """As good as the solver's point, and the same point, as H is positive definite."""
+    hessian = spd(g.shape[-1])
+    got, expected = norm.face(g).minimise(lambda v: v @ hessian), solved(v, hessian, constraints)
+    assert dot(got @ hessian, got) <= dot(expected @ hessian, expected) * (1 + 1e-9)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+class TestMinimiseAgainstConvexSolvers:
+    """The sets are stated anew from theory, not from the faces' own formulas: v in the ball with
+    <g, v> = dual(g)."""
+
+    @pytest.mark.parametrize("zeros", [1, 4, 8])
+    def test_box(self, zeros):
+        g, v = uniform(8), cp.Variable(8)
+        g[:zeros] = 0
+        signs = [v[zeros:] == g[zeros:].sign().numpy()] if zeros < 8 else []
+        assert_minimiser(Linf(), g, v, [cp.abs(v) <= 1, *signs])
+
+    @pytest.mark.parametrize("ties", [1, 3, 8])
+    def test_simplex(self, ties):
+        g, v = uniform(8), cp.Variable(8)
+        g[:ties] = 4 * g[:ties].sign()
+        assert_minimiser(L1(), g, v, [cp.norm1(v) <= 1, g.numpy() @ v == 4])
+
+    @pytest.mark.parametrize("rank", [1, 2])
+    @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 3)])
+    def test_spectral(self, shape, rank):
+        m, n = shape
+        g = (uniform(m, rank, seed=1) @ uniform(rank, n, seed=2)).flatten()
+        u, _, vt = np.linalg.svd(g.reshape(m, n).numpy())
+        left, right, c = u[:, rank:], vt[rank:], cp.Variable((m - rank, n - rank))
+        v = cp.reshape(u[:, :rank] @ vt[:rank] + left @ c @ right, (m * n,), order="C")
+        norm = Spectral().bind(lay_out({"W": shape}))
+        assert_minimiser(norm, g, v, [cp.sigma_max(c) <= 1])
+
+    @pytest.mark.parametrize("ties", [2, 3])
+    @pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
+    def test_nuclear(self, shape, ties):
+        m, n = shape
+        u, s, vt = np.linalg.svd(uniform(m, n, seed=3).numpy(), full_matrices=False)
+        s[:ties] = s[0]
+        density = cp.Variable((ties, ties), PSD=True)
+        v = cp.reshape(u[:, :ties] @ density @ vt[:ties], (m * n,), order="C")
+        g = torch.from_numpy((u * s) @ vt).flatten()
+        assert_minimiser(Nuclear().bind(lay_out({"W": shape})), g, v, [cp.trace(density) == 1])
+
+    def test_product_and_hull_of_blocks(self):
+        """Box times simplex, each scaled; and their mixtures."""
+        g, scales = (
+            torch.tensor([2.0, 0.0, 0.0, 4.0, -4.0, 1.0], dtype=torch.float64),
+            {"a": 3.0, "b": 0.5},
+        )
+        shapes, parts = lay_out({"a": (3,), "b": (3,)}), {"a": Linf(), "b": L1()}
+        v = cp.Variable(6)
+        a, b = cp.norm_inf(v[:3]) / 3, cp.norm1(v[3:]) / 0.5
+        assert_minimiser(
+            Max(parts, scales).bind(shapes), g, v, [a <= 1, b <= 1, g.numpy() @ v == 8]
+        )
+        g = g * torch.tensor([1, 1, 1, 3, 3, 3])
+        assert_minimiser(Sum(parts, scales).bind(shapes), g, v, [a + b <= 1, g.numpy() @ v == 6])
+        dual = 72**0.5
+        fixed = [a <= 6 / dual, b <= 6 / dual, g.numpy() @ v == dual]
+        assert_minimiser(Euclidean(parts, scales).bind(shapes), g, v, fixed)
+
+    def test_mixture_of_spectral_and_nuclear_blocks(self):
+        shapes = lay_out({"W": (2, 3), "V": (2, 2)})
+        norm = Sum({"W": Spectral(), "V": Nuclear()}).bind(shapes)
+        u, _, vt = np.linalg.svd(uniform(2, 3).numpy())
+        g = torch.cat(
+            [
+                torch.from_numpy(2 * np.outer(u[:, 0], vt[0])).flatten(),
+                2 * torch.eye(2).flatten().double(),
+            ]
+        )
+        r, c = cp.Variable(), cp.Variable((1, 2))
+        density = cp.Variable((2, 2), PSD=True)
+        w = r * np.outer(u[:, 0], vt[0]) + u[:, 1:] @ c @ vt[1:]
+        v = cp.hstack([cp.reshape(w, (6,), order="C"), cp.reshape(density, (4,), order="C")])
+        assert_minimiser(norm, g, v, [r >= 0, cp.sigma_max(c) <= r, r + cp.trace(density) == 1])
+
+
+class TestMinimise:
+    def test_rows_take_their_own_steps(self):
+        """Different ties and different curvatures; each row as if alone."""
+        g = torch.stack(
+            [uniform(6, seed=i).masked_fill(torch.arange(6) < i, 0.0) for i in range(7)]
+        )
+        hessians = torch.stack([10.0**i * spd(6) for i in range(7)])
+        together = Linf().face(g).minimise(lambda v: torch.einsum("bij,bj->bi", hessians, v))
+        for i in range(7):
+            alone = Linf().face(g[i : i + 1]).minimise(lambda v, i=i: v @ hessians[i])
+            assert_close(alone[0], together[i])
+
+    def test_step_is_set_by_curvature_along_the_face(self):
+        """A curvature of 1e12 off the face would need 1e6 times as many steps, were it to set the
+        step."""
+        hessian = spd(6)
+        hessian[5, 5] = 1e12
+        g = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+        v = Linf().face(g).minimise(lambda v: v @ hessian, max_steps=200)
+        interior = torch.linalg.solve(hessian[:5, :5], -hessian[:5, 5])
+        assert interior.abs().max() < 1
+        torch.testing.assert_close(v[:5], interior, rtol=0, atol=1e-7)
+
+    def test_ill_conditioned(self):
+        """Condition number 1e6 and tol 1e-10 give 1e-4; the minimiser inside the simplex is ~ H^-1
+        1."""
+        curvature = torch.logspace(0, 6, 5, dtype=torch.float64)
+        v = (
+            L1()
+            .face(torch.ones(5, dtype=torch.float64))
+            .minimise(lambda v: v * curvature, max_steps=20000)
+        )
+        expected = (1 / curvature) / (1 / curvature).sum()
+        torch.testing.assert_close(v, expected, rtol=0, atol=1e-4)
+
+    def test_what_the_curvature_does_not_see_stays_at_the_shortest_element(self):
+        g = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        hessian = torch.tensor(
+            [[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64
+        )
+        v = Linf().face(g).minimise(lambda v: v @ hessian)
+        torch.testing.assert_close(
+            v, torch.tensor([1.0, -0.25, 0.0], dtype=torch.float64), rtol=0, atol=1e-9
+        )
+
+    def test_zero_curvature_returns_the_element(self):
+        face = L1().face(torch.ones(4))
+        assert torch.equal(face.minimise(torch.zeros_like), face.element())
+
+    def test_the_cap_leaves_the_best_point(self):
+        hessian, face = (
+            spd(8),
+            Linf().face(torch.zeros(8, dtype=torch.float64) + 1e-20 * torch.eye(8)[0]),
+        )
+        calls = []
+
+        def hvp(v: Tensor) -> Tensor:
+            calls.append(v)
+            return v @ hessian
+
+        v = face.minimise(hvp, max_steps=3)
+        assert len(calls) <= 5
+        assert face.contains(v)
+        assert dot(v @ hessian, v) <= dot(face.element() @ hessian, face.element())
+
+    def test_start_and_single_precision(self):
+        g = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+        hessian = spd(3).float()
+        face = Linf().face(g)
+        a, b = (
+            face.minimise(lambda v: v @ hessian, start=start)
+            for start in (None, torch.ones_like(g))
+        )
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+    def test_one_bad_row_ends_alone(self):
+        bad = torch.tensor([[1.0], [torch.nan]], dtype=torch.float64)
+        hessian, face = spd(3), Linf().face(torch.eye(3, dtype=torch.float64)[:2])
+        v = face.minimise(lambda v: bad * (v @ hessian), max_steps=500)
+        alone = Linf().face(torch.eye(3, dtype=torch.float64)[:1]).minimise(lambda v: v @ hessian)
+        assert_close(v[:1], alone)
+
+
+class TestRoot:
+    def test_hard_functions_to_the_last_bits(self):
+        one = torch.ones(4, dtype=torch.float64)
+        target = torch.tensor([1e-3, 0.3, 0.999, 0.5], dtype=torch.float64)
+        for f in (
+            lambda x: target**9 - x**9,
+            lambda x: (target - x).sign() * (target - x).abs().sqrt(),
+        ):
+            torch.testing.assert_close(root(f, 0 * one, one), target, rtol=1e-14, atol=0)
+
+    def test_ends_where_there_is_no_root(self):
+        low, high = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
+        shift = torch.tensor([-1.0, 3.0])
+        assert root(lambda x: shift - x, low, high).tolist() == [0, 1]
+
+    def test_a_jump_is_found(self):
+        found = root(lambda x: torch.where(x < 0.7, 1.0, -1.0), torch.zeros(1), torch.ones(1))
+        assert_close(found, torch.tensor([0.7]))
+
+
+class TestSimplexProjection:
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e9])
+    def test_optimality(self, scale):
+        u = scale * uniform(50, 6)
+        x = faces.simplex(u)
+        assert (x >= 0).all()
+        assert_close(x.sum(-1), torch.ones(50, dtype=torch.float64))
+        residual = u - x
+        assert (residual.amax(-1) - dot(residual, x) <= 1e-14 * scale + 1e-15).all()
+
+    def test_forbidden_coordinates_stay_zero(self):
+        x = faces.simplex(torch.tensor([5.0, 0.0, 0.5]), torch.tensor([False, True, True]))
+        assert_close(x, torch.tensor([0.0, 0.25, 0.75]))
+
+
+def test_smooth_norms_have_one_point():
+    g = uniform(2, 23)
+    for norm in (L2(), Lp(3), Euclidean(L2(), SCALES).bind(BLOCKS)):
+        c = uniform(23, seed=1)
+        assert_close(norm.face(g).support(c), -norm.face(g).support(-c))
+    flat = Schatten(3).bind(lay_out({"W": (4, 5)}))
+    assert_close(flat.face(uniform(2, 20)).element(), flat.steepest(uniform(2, 20)))
