@@ -36,7 +36,7 @@ Layout: TypeAlias = tuple[Block, ...]
 def lay_out(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """Blocks laid one after the other.
 
-    >>> [(b.name, b.start, b.shape) for b in layout({"W1": (3, 2), "W2": (1, 3)})]
+    >>> [(b.name, b.start, b.shape) for b in lay_out({"W1": (3, 2), "W2": (1, 3)})]
     [('W1', 0, (3, 2)), ('W2', 6, (1, 3))]
     """
     blocks: list[Block] = []

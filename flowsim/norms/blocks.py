@@ -149,9 +149,9 @@ class Max(_Blocks):
     """``max_l ||W_l||_l / c_l``: every block moves at the speed its scale allows (Large et al.
     2024).
 
-    >>> from flowsim.layout import layout
+    >>> from flowsim.layout import lay_out
     >>> from flowsim.norms.vector import Linf
-    >>> norm = Max({"W": Spectral(), "b": Linf()}).bind(layout({"W": (1, 2), "b": (2,)}))
+    >>> norm = Max({"W": Spectral(), "b": Linf()}).bind(lay_out({"W": (1, 2), "b": (2,)}))
     >>> norm.steepest(torch.tensor([3.0, 4.0, -7.0, 0.0]))
     tensor([ 0.6000,  0.8000, -1.0000,  0.0000])
     """
@@ -248,8 +248,8 @@ def modular(layout: Layout, scales: Mapping[str, float] | None = None) -> Max:
     """`Max` with `Spectral` on every matrix or kernel and `L2` on every vector (Large et al. 2024),
     bound.
 
-    >>> from flowsim.layout import layout
-    >>> modular(layout({"W1": (3, 2), "b1": (3,)})).name
+    >>> from flowsim.layout import lay_out
+    >>> modular(lay_out({"W1": (3, 2), "b1": (3,)})).name
     'max(W1:spectral,b1:l2)'
     """
     return Max({b.name: Spectral() if len(b.shape) > 1 else L2() for b in layout}, scales).bind(

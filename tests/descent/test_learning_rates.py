@@ -98,7 +98,7 @@ def test_a_sum_of_decaying_steps():
 
 @pytest.mark.parametrize("lr", [0.1, 3, fs.Decay(0.1), fs.LossBased(0.1), fs.PerStep([0.1])])
 def test_labels_name_the_learning_rate(lr):
-    assert fs.GradientDescent(lr).label == f"gradient descent, {as_schedule('rule', lr).label}"
+    assert fs.GradientDescent(lr).label == f"gradient descent, {as_learning_rate('rule', lr).label}"
 
 
 def test_numbers_are_constant_schedules():

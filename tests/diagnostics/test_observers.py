@@ -248,7 +248,7 @@ def test_margins_by_layers_do_not_see_how_the_layers_are_scaled():
     )  # f = 3 (2)² = 12 on the worst example, of degree 2 in the first layer
     assert float(value) == pytest.approx(-12 / (5 * 3))
     skip = fs.FunctionNet(
-        lambda p, x: x @ (p["a"] * p["b"] + p["b"] ** 2), fs.layout.layout({"a": (2,), "b": (2,)})
+        lambda p, x: x @ (p["a"] * p["b"] + p["b"] ** 2), fs.layout.lay_out({"a": (2,), "b": (2,)})
     )
     mixed = fs.Problem(skip, X, Y, fs.exponential)
     assert torch.isnan(lyu_li(mixed, initial_state(mixed, mixed.net.init(0)))).all()
