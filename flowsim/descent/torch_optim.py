@@ -11,7 +11,7 @@ from flowsim.checks import require_positive
 from flowsim.descent.rule import Step, begin, require_norm, take
 from flowsim.layout import Layout
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import advance_by_steps
+from flowsim.motion.rule import advance_by_steps, pending
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L2
@@ -71,8 +71,7 @@ class TorchOptimiser:
         return replace(state, memory=state.memory | own)
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        pending = state.running & (state.readings[until.clock.reading] < until.value)
-        for row in pending.nonzero().flatten().split(1):
+        for row in pending(state, until).nonzero().flatten().split(1):
             one = self._advance_one(
                 problem.select(row), state.select(row), until.select(row), budget
             )

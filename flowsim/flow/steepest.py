@@ -70,12 +70,12 @@ class SteepestFlow:
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         return self._solver(problem).advance(self._field(problem), problem, state, until, budget)
 
-    def settled(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
+    def refined(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
         """``point``, read off the last step of ``state`` at u, as near to the flow as the method
         can bring it."""
         solver = self._solver(problem)
         return (
-            solver.settled(self._field(problem), problem, state, u, point)
+            solver.refined(self._field(problem), problem, state, u, point)
             if isinstance(solver, Settling)
             else point
         )

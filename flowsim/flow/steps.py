@@ -35,7 +35,7 @@ class Integrator(Protocol):
 class Settling(Protocol):
     """A solver that can improve what is read off its steps; see `state.Settling`."""
 
-    def settled(
+    def refined(
         self, field: Field, objective: Objective, state: State, u: Tensor, point: State
     ) -> State: ...
 

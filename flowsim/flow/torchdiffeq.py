@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowsim.flow.field import Field, require_smooth
 from flowsim.motion.clocks import Target
+from flowsim.motion.rule import pending
 from flowsim.motion.state import State, Status
 from flowsim.problems.objective import Objective
 
@@ -65,8 +66,7 @@ class Odeint:
                 f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on {until.clock.name}; "
                 f"try clock=flowsim.clocks.{until.clock.name.upper()}"
             )
-        pending = state.running & (state.readings[until.clock.reading] < until.value)
-        for row in pending.nonzero().flatten().split(1):
+        for row in pending(state, until).nonzero().flatten().split(1):
             one = self._solve(
                 field, objective.select(row), state.select(row), until.select(row), budget
             )

@@ -1,17 +1,19 @@
-"""TODO."""
+"""The one seam between what moves weights and everything else: `Rule`, and how its trajectories
+are taken to a target."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowsim.motion.clocks import Target
-from flowsim.motion.state import State
+from flowsim.motion.state import State, tree_map
 
 
 class Rule(Protocol):
-    """How weights move. The one seam: flows and discrete optimisers are both behind it."""
+    """How weights move. Flows and discrete optimisers are both behind it."""
 
     @property
     def label(self) -> str:
@@ -29,9 +31,14 @@ class Rule(Protocol):
 class Refining(Protocol):
     """A rule that can improve what is read off its steps."""
 
-    def settled(self, problem: Any, state: State, u: Float[Tensor, " B"], point: State) -> State:
+    def refined(self, problem: Any, state: State, u: Float[Tensor, " B"], point: State) -> State:
         """``point``, read at u of the last step of ``state``, as near to the path as the rule can
         bring it."""
+
+
+def pending(state: State, until: Target) -> Bool[Tensor, " B"]:
+    """Trajectories that run and have not reached their target."""
+    return state.running & (state.readings[until.clock.reading] < until.value)
 
 
 def advance_by_steps(
@@ -42,23 +49,31 @@ def advance_by_steps(
     Trajectories leave the batch once they stop or have reached their own target; no step is
     shortened for it."""
     while budget > 0:
-        rows = pending(state, until).nonzero().squeeze(1)
-        if rows.numel() == 0:
+        waiting = pending(state, until)
+        if not bool(waiting.any()):
             break
-        whole = rows.numel() == len(state.w)
-        part, local, goal = (problem, state, until) if whole else _rows(problem, state, until, rows)
-        while budget > 0:
+        rows = waiting.nonzero().squeeze(1)
+        whole = bool(waiting.all())
+        part = problem if whole else problem.select(rows)
+        local = state if whole else state.select(rows)
+        goal = until if whole else until.select(rows)
+        while budget > 0 and bool(pending(local, goal).all()):
             local = step(part, local)
             budget -= 1
-            if not bool(pending(local, goal).all()):
-                break
         state = local if whole else state.scatter(rows, local)
     return state
 
 
-def _rows(problem: Any, state: State, until: Target, rows: Tensor) -> tuple[Any, State, Target]:
-    return problem.select(rows), state.select(rows), until.select(rows)
+def one_by_one(run: Callable[..., State], problem: Any, state: State, *until: Target) -> State:
+    """``run(problem, state, *until)`` of each trajectory on its own, put together again.
 
-
-def pending(state: State, until: Target) -> Tensor:
-    return state.running & (state.readings[until.clock.reading] < until.value)
+    For methods whose trajectories share no work, and for those in which a batch would round.
+    Trajectories that are not pending for a target stay as they are."""
+    done = []
+    for row in torch.arange(len(state.w), device=state.w.device).split(1):
+        local = state.select(row)
+        goals = [target.select(row) for target in until]
+        if all(bool(pending(local, goal)) for goal in goals):
+            local = run(problem.select(row), local, *goals)
+        done.append(local)
+    return tree_map(lambda *rows: torch.cat(rows), *done)

@@ -246,7 +246,7 @@ class _Recorder:
         u = torch.where(due, state.segment.locate(target), 1.0)
         point = inside(self.problem, state, u)
         return (
-            self.rule.settled(self.problem, state, u, point)
+            self.rule.refined(self.problem, state, u, point)
             if isinstance(self.rule, Refining)
             else point
         )

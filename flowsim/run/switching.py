@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import Rule
+from flowsim.motion.rule import Rule, pending
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
 from flowsim.problems.objective import Objective
@@ -73,8 +73,7 @@ class Switch:
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         phase = state.memory["phase"]  # of now: a trajectory that changes goes on in the next call
         for number, walk in enumerate((self._walk_first, self._walk_then)):
-            pending = state.running & (state.readings[until.clock.reading] < until.value)
-            rows = (pending & (phase == number)).nonzero().squeeze(1)
+            rows = (pending(state, until) & (phase == number)).nonzero().squeeze(1)
             if rows.numel() > 0:
                 part = walk(problem.select(rows), state.select(rows), until.select(rows), budget)
                 state = state.scatter(rows, part)
@@ -90,8 +89,7 @@ class Switch:
         local = _part(state, _BEFORE)
         for _ in range(budget):
             local = self.first.advance(problem, local, until, 1)
-            pending = local.running & (local.readings[until.clock.reading] < until.value)
-            if bool((self._reached(problem, local) | ~pending).any()):
+            if bool((self._reached(problem, local) | ~pending(local, until)).any()):
                 break
         return self._handed_over(problem, _packed(state, _BEFORE, local), local)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowsim.diagnostics.margins import margin
 from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target
-from flowsim.motion.rule import Rule
+from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
@@ -251,8 +251,9 @@ def _go_on(
             )
         state = traced.start(problem, state)
         left = max_steps - int((state.attempts - begun).max())
-        if left > 0 and bool((state.running & (state.readings[clock.reading] < goal)).any()):
-            state = traced.advance(problem, state, Target(clock, goal), left)
+        until = Target(clock, goal)
+        if left > 0 and bool(pending(state, until).any()):
+            state = traced.advance(problem, state, until, left)
 
 
 def _matched(

@@ -26,6 +26,7 @@ from flowsim.descent.steepest import SteepestDescent
 from flowsim.diagnostics.margins import margin
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
+from flowsim.motion.rule import pending
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
@@ -254,7 +255,7 @@ def _watched(
     until = Target(STEPS, state.readings["steps"] + _WATCHED)
     side = _sides(problem, state.w)
     crossed = None if side is None else torch.zeros_like(side)
-    while bool((state.running & (state.readings["steps"] < until.value)).any()):
+    while bool(pending(state, until).any()):
         state = rule.advance(problem, state, until, 1)
         if crossed is not None:
             after = _sides(problem, state.w)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import Clock, Target
-from flowsim.motion.rule import Refining, Rule
+from flowsim.motion.rule import Refining, Rule, pending
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State, tree_map
 from flowsim.problems.objective import Objective
@@ -46,15 +46,13 @@ class Traced:
         for _ in range(budget):
             before, state = state, self.rule.advance(problem, state, until, 1)
             self._keep(before, state)
-            if not bool(
-                (state.running & (state.readings[until.clock.reading] < until.value)).any()
-            ):
+            if not bool(pending(state, until).any()):
                 break
         return state
 
-    def settled(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
+    def refined(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
         return (
-            self.rule.settled(problem, state, u, point)
+            self.rule.refined(problem, state, u, point)
             if isinstance(self.rule, Refining)
             else point
         )

@@ -104,7 +104,7 @@ class ImplicitSteps:
             )
         return state
 
-    def settled(
+    def refined(
         self, field: Field, objective: Objective, state: State, u: Tensor, point: State
     ) -> State:
         """``point``, read off the last step of ``state`` at u, at the end of a step of its own from
