@@ -1,6 +1,12 @@
-"""TODO."""
+"""What users pass in, checked where it enters: "got …, expected …, try …".
+
+`require_…` raises or returns nothing; its first argument says who asks, the options follow by name.
+`as_…` gives the value in the form that the package works with.
+"""
 
 import math
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -8,12 +14,89 @@ import torch
 from torch import Tensor
 
 
-def check_exponent(p: float, ends: str) -> None:
+def require_instance(owner: str, kind: Any, expected: str, **options: Any) -> None:
+    """Raise TypeError where an option is no instance of ``kind``, which may be a union or a
+    protocol; ``expected`` names it in words, with what to try.
+
+    >>> require_instance("Flow", float, "a float, try 1.0", time="soon")
+    Traceback (most recent call last):
+    TypeError: Flow: got time='soon', expected a float, try 1.0
+    """
+    for name, value in options.items():
+        # a class has the verbs of its protocol, but is none of its instances
+        if isinstance(value, type) or not isinstance(value, kind):
+            raise TypeError(f"{owner}: got {name}={value!r}, expected {expected}")
+
+
+def require_callable(owner: str, expected: str, **options: Any) -> None:
+    """Raise TypeError where an option cannot be called; ``expected`` names the function."""
+    for name, value in options.items():
+        if not callable(value):
+            raise TypeError(f"{owner}: got {name}={value!r}, expected {expected}")
+
+
+def require_flag(owner: str, **options: Any) -> None:
+    """Raise TypeError where an option is neither True nor False."""
+    require_instance(owner, bool, "True or False", **options)
+
+
+def require_whole(owner: str, least: int = 1, **options: Any) -> None:
+    """Raise ValueError where an option is not an integer ≥ ``least``."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{owner}: got {name}={value!r}, expected an integer ≥ {least}")
+
+
+def require_finite(owner: str, **options: Any) -> None:
+    """Raise ValueError where an option is not a finite number."""
+    _require_number(owner, "a finite number, try 1.0", lambda value: True, options)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether ``value`` is a finite number > 0."""
+    return is_finite(value) and value > 0
+
+
+def require_positive(owner: str, **options: Any) -> None:
+    """Raise ValueError where an option is not a finite number > 0."""
+    _require_number(owner, "a finite number > 0", is_positive, options)
+
+
+def require_not_negative(owner: str, **options: Any) -> None:
+    """Raise ValueError where an option is not a finite number ≥ 0."""
+    _require_number(owner, "a finite number ≥ 0", lambda value: value >= 0, options)
+
+
+def require_fraction(owner: str, **options: Any) -> None:
+    """Raise ValueError where an option is not in (0, 1), as a tolerance is."""
+    _require_number(owner, "a number between 0 and 1", lambda value: 0 < value < 1, options)
+
+
+def require_share(owner: str, **options: Any) -> None:
+    """Raise ValueError where an option is not in [0, 1)."""
+    _require_number(owner, "a number in [0, 1), try 0.9", lambda value: 0 <= value < 1, options)
+
+
+def _require_number(
+    owner: str, expected: str, holds: Callable[[Any], bool], options: dict[str, Any]
+) -> None:
+    for name, value in options.items():
+        if not (is_finite(value) and holds(value)):
+            raise ValueError(f"{owner}: got {name}={value!r}, expected {expected}")
+
+
+def require_exponent(p: float, ends: str) -> None:
+    """Raise ValueError where ``p`` is not in (1, ∞); ``ends`` are the norms at the ends."""
     if not 1 < p < math.inf:
         raise ValueError(f"got p = {p}, expected 1 < p < infinity, try {ends} for the ends")
 
 
-def check_row_weights(w: Tensor, size: int) -> None:
+def require_weights(w: Tensor, size: int) -> None:
     """Raise where ``w`` is not ``(B, size)``, floating and finite."""
     if not isinstance(w, Tensor) or not w.is_floating_point():
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
@@ -22,24 +105,24 @@ def check_row_weights(w: Tensor, size: int) -> None:
         )
     if w.ndim != 2 or w.shape[1] != size or w.shape[0] == 0:
         raise ValueError(
-            f"weights: got shape {tuple(w.shape)}, expected (B, {size}), one row for each trajectory; "
-            "try net.init(seeds=range(3)), or w[None] for a single one"
+            f"weights: got shape {tuple(w.shape)}, expected (B, {size}), one row for each "
+            "trajectory; try net.init(seeds=range(3)), or w[None] for a single one"
         )
     if not torch.isfinite(w).all():
         raise ValueError("weights: got NaN or infinite entries, expected finite numbers")
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """An array of real numbers as a tensor."""
-    try:
-        tensor = (
-            value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
-        )
-    except (TypeError, ValueError) as error:
-        reason = str(error).split(". ")[0]
-        raise TypeError(
-            f"{what}: got {type(value).__name__} ({reason}), expected an array of numbers"
-        ) from None
+    """An array of real numbers as a tensor without a graph. Raises TypeError for anything else."""
+    if isinstance(value, Tensor):
+        tensor = value
+    else:
+        try:
+            tensor = torch.from_numpy(np.array(value, order="C"))
+        except (TypeError, ValueError) as error:
+            reason = str(error).split(". ")[0]
+            got = type(value).__name__
+            raise TypeError(f"{what}: got {got} ({reason}), expected an array of numbers") from None
     if tensor.is_complex():
         raise TypeError(f"{what}: got complex numbers, expected real ones")
     return tensor.detach()
@@ -48,32 +131,3 @@ def as_tensor(value: Any, what: str) -> Tensor:
 def as_floats(x: Tensor) -> Tensor:
     """Floating-point numbers as they are, others in double precision."""
     return x if x.is_floating_point() else x.double()
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def require_positive(rule: str, **options: Any) -> None:
-    """Raise where an option is not a finite number > 0."""
-    for name, value in options.items():
-        if not _positive(value):
-            raise ValueError(f"{rule}: got {name}={value!r}, expected a finite number > 0")
-
-
-def require_share(rule: str, **options: Any) -> None:
-    """Raise where an option is not in [0, 1)."""
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{rule}: got {name}={value!r}, expected a number in [0, 1), try 0.9")
-
-
-def require_not_negative(rule: str, **options: Any) -> None:
-    """Raise where an option is not a finite number ≥ 0."""
-    for name, value in options.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 <= value < math.inf
-        ):
-            raise ValueError(f"{rule}: got {name}={value!r}, expected a finite number ≥ 0")

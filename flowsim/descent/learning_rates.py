@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import _positive, require_positive
+from flowsim.checks import is_positive, require_positive
 from flowsim.problems.objective import Objective
 
 
@@ -147,7 +147,7 @@ def as_learning_rate(rule: str, lr: Any) -> LearningRate:
     ``rule``."""
     if all(callable(getattr(lr, verb, None)) for verb in ("log", "check")) and hasattr(lr, "label"):
         return lr
-    if not _positive(lr):
+    if not is_positive(lr):
         raise ValueError(
             f"{rule}: got lr={lr!r}, expected a finite number > 0 or a schedule, try flowsim.Decay(0.1, power=0.5)"
         )

@@ -175,9 +175,3 @@ def _inherited(own: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tens
     return (
         {name: old[name] for name in own} if same and torch.equal(own["kind"], old["kind"]) else own
     )
-
-
-def require_norm(rule: str, norm: Norm) -> None:
-    """Raise where ``norm`` is not an instance of one."""
-    if not isinstance(norm, Norm):
-        raise TypeError(f"{rule}: got norm {norm!r}, expected a flowsim norm, try flowsim.Linf()")

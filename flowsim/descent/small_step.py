@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from flowsim.checks import require_positive
-from flowsim.descent.rule import Step, begin, require_norm, stop_if_still, take
+from flowsim.descent.rule import Step, begin, stop_if_still, take
 from flowsim.motion.clocks import Target, log_time_rate
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
-from flowsim.norms.norm import Norm
+from flowsim.norms.norm import Norm, require_norm
 from flowsim.problems.objective import Objective
 
 

@@ -17,10 +17,10 @@ from flowsim.descent.momentum import (
     remembered,
     require_momentum,
 )
-from flowsim.descent.rule import Discrete, Step, require_norm, take
+from flowsim.descent.rule import Discrete, Step, take
 from flowsim.motion.clocks import log_time_rate
 from flowsim.motion.state import State
-from flowsim.norms.norm import Norm
+from flowsim.norms.norm import Norm, require_norm
 from flowsim.norms.vector import L1, L2, Linf
 from flowsim.problems.objective import Objective
 

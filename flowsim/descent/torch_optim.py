@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from flowsim.checks import require_positive
-from flowsim.descent.rule import Step, begin, require_norm, take
+from flowsim.descent.rule import Step, begin, take
 from flowsim.layout import Layout
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import advance_by_steps, pending
 from flowsim.motion.state import State
-from flowsim.norms.norm import Norm
+from flowsim.norms.norm import Norm, require_norm
 from flowsim.norms.vector import L2
 from flowsim.problems.objective import Objective
 

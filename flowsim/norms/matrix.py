@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from flowsim.checks import check_exponent
+from flowsim.checks import require_exponent
 from flowsim.layout import Layout
 from flowsim.norms import faces
 from flowsim.norms.faces import Face
@@ -146,7 +146,7 @@ class Schatten(_Singular):
     p: float
 
     def __post_init__(self) -> None:
-        check_exponent(self.p, "Nuclear() or Spectral()")
+        require_exponent(self.p, "Nuclear() or Spectral()")
 
     @property
     def name(self) -> str:

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import require_instance
 from flowsim.layout import Layout
 from flowsim.norms import faces
 from flowsim.norms.faces import Face
@@ -114,3 +115,8 @@ class Norm(ABC):
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         """The face on rows where ``dual(g) > atol``; anything on the others."""
         return faces.Single(self.steepest(g))
+
+
+def require_norm(owner: str, norm: Norm) -> None:
+    """Raise TypeError where ``norm`` is not an instance of one."""
+    require_instance(owner, Norm, "a flowsim norm, try flowsim.Linf()", norm=norm)

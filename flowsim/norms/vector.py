@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import check_exponent
+from flowsim.checks import require_exponent
 from flowsim.layout import Layout
 from flowsim.norms import faces
 from flowsim.norms.faces import Face
@@ -125,7 +125,7 @@ class Lp(Norm):
     p: float
 
     def __post_init__(self) -> None:
-        check_exponent(self.p, "L1() or Linf()")
+        require_exponent(self.p, "L1() or Linf()")
 
     @property
     def name(self) -> str:

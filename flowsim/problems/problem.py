@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowsim.checks import as_floats, as_tensor, check_row_weights
+from flowsim.checks import as_floats, as_tensor, require_weights
 from flowsim.layout import Layout
 from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
@@ -134,7 +134,7 @@ class Problem:
         return self.loss.weights(self.outputs(w), self.y)
 
     def check_weights(self, w: Tensor) -> None:
-        check_row_weights(w, self.size)
+        require_weights(w, self.size)
         if self.x.ndim == 3 and self.x.shape[0] != w.shape[0]:
             raise ValueError(
                 f"weights: got {w.shape[0]} trajectories, but the data holds {self.x.shape[0]} data sets; "

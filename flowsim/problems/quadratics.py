@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import as_floats, as_tensor, check_row_weights
+from flowsim.checks import as_floats, as_tensor, require_weights
 from flowsim.layout import Layout, lay_out
 from flowsim.problems.kinks import Hinges, parallels
 
@@ -50,7 +50,7 @@ class _Form(ABC):
         return (basis * values.clamp_min(0).sqrt()) @ basis.mT
 
     def check_weights(self, w: Tensor) -> None:
-        check_row_weights(w, self.size)
+        require_weights(w, self.size)
 
     def select(self, rows: Tensor) -> Self:
         return self

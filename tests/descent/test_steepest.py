@@ -278,7 +278,7 @@ def test_named_rules_check_their_learning_rate(make):
 @pytest.mark.parametrize("make", [lambda n: fs.SmallStep(n), lambda n: fs.SteepestDescent(n, 0.1)])
 def test_a_norm_must_be_an_instance(make, norm):
     with pytest.raises(
-        TypeError, match=r"got norm .*expected a flowsim norm, try flowsim\.Linf\(\)"
+        TypeError, match=r"got norm=.*expected a flowsim norm, try flowsim\.Linf\(\)"
     ):
         make(norm)
 
