@@ -5,7 +5,7 @@ All of it is measured in the norm that the rule descends in, at the save points 
 number that cannot be had is NaN, with the reason in ``reasons``."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeGuard
 
@@ -15,15 +15,12 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 from torch import Tensor
 
-from flowsim.diagnostics.margins import soft_margin
+from flowsim.diagnostics.margins import Observer, soft_margin
 from flowsim.diagnostics.stationarity import alignment
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
-
-Observer = Callable[[Any, State], Tensor]
-
 
 Reasons: TypeAlias = tuple[dict[str, str], ...]
 

@@ -7,6 +7,7 @@ them under those names."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,15 +20,15 @@ from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
 from flowsim.problems.problem import Problem
 
-Diagnostic = Callable[[Problem, State], Tensor]
+Observer = Callable[[Any, State], Tensor]
 
 
-def size(norm: Norm) -> Diagnostic:
+def size(norm: Norm) -> Observer:
     """‖w‖."""
     return lambda problem, state: norm.bind(problem.layout).value(state.w)
 
 
-def margin(norm: Norm) -> Diagnostic:
+def margin(norm: Norm) -> Observer:
     """Normalised hard margin γ = min_i q_i / ‖w‖^L; negative while an example is misclassified, NaN
     at w = 0.
 
@@ -36,7 +37,7 @@ def margin(norm: Norm) -> Diagnostic:
     return lambda problem, state: problem.margins(state.w).amin(-1) / _power(problem, norm, state)
 
 
-def soft_margin(norm: Norm) -> Diagnostic:
+def soft_margin(norm: Norm) -> Observer:
     """Normalised soft margin ℓ⁻¹(𝓛)/‖w‖^L, with 𝓛 the sum loss (Tsilivis et al. 2026, Thm 1 and
     22).
 
@@ -51,7 +52,7 @@ def _power(problem: Problem, norm: Norm, state: State) -> Tensor:
     return norm.bind(problem.layout).value(state.w) ** problem.degree
 
 
-def paper(problem: Problem) -> dict[str, Diagnostic]:
+def paper(problem: Problem) -> dict[str, Observer]:
     """Margins under the names of Tsilivis et al. (2026), Eq. 13 and §4.3, for ``simulate(…,
     observe=…)``.
 
@@ -69,7 +70,7 @@ def paper(problem: Problem) -> dict[str, Diagnostic]:
 # --------------------------------------------------------------------------------------------------
 
 
-def layer_norms(norm: Norm) -> Diagnostic:
+def layer_norms(norm: Norm) -> Observer:
     """‖W_l‖ of each layer ``(B, layers)``, in a norm of one block, such as L2() or Spectral()."""
 
     def measure(problem: Problem, state: State) -> Tensor:
@@ -82,7 +83,7 @@ def layer_norms(norm: Norm) -> Diagnostic:
     return measure
 
 
-def product_margin(norm: Norm) -> Diagnostic:
+def product_margin(norm: Norm) -> Observer:
     """min_i q_i over Π_l ‖W_l‖^{d_l}, d_l the degree of the net in layer l (Lyu and Li 2020,
     normalised by layers).
 
@@ -120,7 +121,7 @@ def _largest(f: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def support_vectors(decades: float = 1.0) -> Diagnostic:
+def support_vectors(decades: float = 1.0) -> Observer:
     """Which examples have a margin within log 10^k of the least ``(B, N)``, so that their share of
     the exponential loss is at least 10^−k of the largest; none where an example is
     misclassified."""
@@ -133,12 +134,12 @@ def support_vectors(decades: float = 1.0) -> Diagnostic:
     return measure
 
 
-def support_count(decades: float = 1.0) -> Diagnostic:
+def support_count(decades: float = 1.0) -> Observer:
     """The number of `support_vectors`."""
     return lambda problem, state: support_vectors(decades)(problem, state).sum(-1)
 
 
-def margin_quantiles(norm: Norm, shares: Sequence[float] = (0.0, 0.1, 0.5, 0.9, 1.0)) -> Diagnostic:
+def margin_quantiles(norm: Norm, shares: Sequence[float] = (0.0, 0.1, 0.5, 0.9, 1.0)) -> Observer:
     """Quantiles over examples of the normalised margins q_i/‖w‖^L, ``(B, len(shares))``: the margin
     distribution."""
 
@@ -163,6 +164,6 @@ def accuracy(problem: Problem, state: State) -> Tensor:
     return (problem.margins(state.w) > 0).to(state.w).mean(-1)
 
 
-def test_accuracy(test: Problem) -> Diagnostic:
+def test_accuracy(test: Problem) -> Observer:
     """Accuracy on another data set."""
     return lambda problem, state: accuracy(test.like(state.w), state)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flowsim.diagnostics.lagrange import best_multipliers
 from flowsim.diagnostics.margins import (
-    Diagnostic,
+    Observer,
     accuracy,
     entropy,
     margin,
@@ -36,14 +36,14 @@ def standard(
     problem: Problem,
     test: tuple[Any, Any] | None = None,
     norms: Sequence[Norm] = (L1(), L2(), Linf()),
-) -> dict[str, Diagnostic]:
+) -> dict[str, Observer]:
     """The usual measurements by name, for ``simulate(…, observe=…)``; ``test`` is a pair (x, y).
 
     In each norm ``norm_…``, ``dual_…`` and ``alignment_…``; for classification ``margin_…`` (hard),
     ``soft_margin_…`` where the loss has an inverse, ``entropy``, ``support``, ``accuracy`` and
     ``test_accuracy``. All share one gradient at each save point."""
     h = _Last(ascent)
-    found: dict[str, Diagnostic] = {}
+    found: dict[str, Observer] = {}
     classifies = problem.loss.reading.targets != "values"
     for norm in norms:
         found[f"norm_{norm.name}"] = size(norm)
@@ -60,14 +60,14 @@ def standard(
     return found
 
 
-def kkt(norm: Norm, *, best: bool = False) -> dict[str, Diagnostic]:
+def kkt(norm: Norm, *, best: bool = False) -> dict[str, Observer]:
     """The KKT conditions in a norm by name, for ``simulate(…, observe=…)`` and ``plots.kkt``:
     ``alignment_…``, ``divergence_…``, ``residual_…``, ``slackness_…`` and ``multipliers_…``, and
     with ``best`` ``excess_…`` and ``floor_…`` of the best multipliers, which cost a small convex
     programme at each save point."""
     at = _Last(lambda problem, state: Stationarity.of(problem, state, norm))
     optimum = _Last(lambda problem, state: best_multipliers(problem, state, norm))
-    found: dict[str, Diagnostic] = {
+    found: dict[str, Observer] = {
         "alignment": lambda problem, state: at(problem, state).alignment,
         "divergence": lambda problem, state: at(problem, state).divergence,
         "residual": lambda problem, state: at(problem, state).residual()[1],

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.diagnostics.margins import Diagnostic
+from flowsim.diagnostics.margins import Observer
 from flowsim.diagnostics.selected import ascent, shares
 from flowsim.exact import optima as reference
 from flowsim.motion.state import State
@@ -57,12 +57,12 @@ def frank_wolfe_gap(norm: Norm, radius: float) -> Callable[[Objective, State], F
 # --------------------------------------------------------------------------------------------------
 
 
-def dual(norm: Norm, *, ascent: Diagnostic = ascent) -> Diagnostic:
+def dual(norm: Norm, *, ascent: Observer = ascent) -> Observer:
     """‖h‖_*, the slope of Λ in arclength."""
     return lambda problem, state: norm.bind(problem.layout).dual(ascent(problem, state))
 
 
-def alignment(norm: Norm, *, ascent: Diagnostic = ascent) -> Diagnostic:
+def alignment(norm: Norm, *, ascent: Observer = ascent) -> Observer:
     """α = ⟨w, h⟩/(‖w‖‖h‖_*) ≤ 1, with the element h of ∇Λ that `ascent` gives; 1 at a KKT point."""
 
     def measure(problem: Problem, state: State) -> Tensor:
@@ -72,23 +72,23 @@ def alignment(norm: Norm, *, ascent: Diagnostic = ascent) -> Diagnostic:
     return measure
 
 
-def multipliers(norm: Norm) -> Diagnostic:
+def multipliers(norm: Norm) -> Observer:
     """λ_i ``(B, M)``; NaN while an example is misclassified."""
     return lambda problem, state: Stationarity.of(problem, state, norm).multipliers
 
 
-def divergence(norm: Norm) -> Diagnostic:
+def divergence(norm: Norm) -> Observer:
     """D = ‖w̃‖²(1 − α); NaN while an example is misclassified."""
     return lambda problem, state: Stationarity.of(problem, state, norm).divergence
 
 
-def slackness(norm: Norm) -> Diagnostic:
+def slackness(norm: Norm) -> Observer:
     """Σ λ_i (q_i(w̃) − 1) ≥ 0, the δ of an (ε, δ)-KKT point; NaN while an example is
     misclassified."""
     return lambda problem, state: Stationarity.of(problem, state, norm).slack
 
 
-def residual(norm: Norm, tol: float = 0.0) -> Diagnostic:
+def residual(norm: Norm, tol: float = 0.0) -> Observer:
     """The ε of an (ε, δ)-KKT point in the dual norm, over ‖w̃‖ (see `Stationarity.residual`)."""
     return lambda problem, state: Stationarity.of(problem, state, norm).residual(tol)[1]
 

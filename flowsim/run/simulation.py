@@ -2,7 +2,7 @@
 stated reason."""
 
 import time as wallclock
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowsim.diagnostics.certificate import certify, witness
+from flowsim.diagnostics.margins import Observer
 from flowsim.motion.clocks import Clock, SavePlan, Target
 from flowsim.motion.rule import Refining, Rule
 from flowsim.motion.state import READINGS, State, Status
@@ -18,9 +19,6 @@ from flowsim.problems.objective import Objective
 from flowsim.run.events import Event, Watch, inside
 from flowsim.run.provenance import describe
 from flowsim.run.trajectory import Trajectory, save_state
-
-Observer = Callable[[Any, State], Tensor]
-
 
 _CHUNK = 256  # natural steps between looks at the wall clock, the progress bar and Ctrl-C
 

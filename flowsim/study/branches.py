@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.diagnostics.margins import margin
+from flowsim.diagnostics.margins import Observer, margin
 from flowsim.flow.steepest import SteepestFlow, suited
 from flowsim.flow.steps import Method
 from flowsim.motion.clocks import SavePlan
 from flowsim.motion.state import State
 from flowsim.problems.problem import Problem
-from flowsim.run.simulation import Observer, simulate
+from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
 
 Sides = tuple[int, ...]

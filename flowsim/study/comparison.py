@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.diagnostics.margins import margin
+from flowsim.diagnostics.margins import Observer, margin
 from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
@@ -20,7 +20,7 @@ from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
-from flowsim.run.simulation import Observer, simulate
+from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
 from flowsim.study.traced_path import Path, Traced
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.diagnostics.margins import Observer
 from flowsim.motion.clocks import SavePlan
 from flowsim.motion.rule import Rule
 from flowsim.motion.state import State
 from flowsim.problems.objective import Objective
-from flowsim.run.simulation import Observer
 from flowsim.study.comparison import Comparison, compare
 
 _FINER = 8  # than the last learning rate: the reference where there is no flow

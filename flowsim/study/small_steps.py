@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowsim.descent.small_step import SmallStep
 from flowsim.descent.steepest import SteepestDescent
-from flowsim.diagnostics.margins import margin
+from flowsim.diagnostics.margins import Observer, margin
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
 from flowsim.motion.rule import pending
@@ -32,7 +32,7 @@ from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 from flowsim.run.events import Event
-from flowsim.run.simulation import Observer, simulate
+from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
 from flowsim.velocity import select
 

@@ -30,7 +30,7 @@ ROOMS = [
     {"problems"},
     {"norms", "nets"},
     {"kernels"},
-    {"checks", "layout", "numerics"},
+    {"checks", "layout", "lazy", "numerics"},
 ]
 FLOOR = {room: number for number, floor in enumerate(ROOMS) for room in floor}
 CORE = [m for m in MODULES if FLOOR[m.split(".")[1]] >= FLOOR["diagnostics"]]
