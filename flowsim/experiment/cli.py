@@ -43,22 +43,22 @@ _overwrite = click.option(
 )
 
 
-@main.command()
+@main.command("demo")
 @_output
 @_quiet
-def demo(output: Path | None, no_progress: bool) -> None:
+def demo_command(output: Path | None, no_progress: bool) -> None:
     """Margins of a ReLU net on handwritten digits under steepest descent in three norms; about a
     minute."""
     directory = output or Path("flowsim-demo")
     _execute(_experiment(Path(str(_DEMO))), directory, progress=not no_progress)
 
 
-@main.command()
+@main.command("init")
 @click.argument(
     "config", type=click.Path(dir_okay=False, path_type=Path), default=Path("experiment.toml")
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def init(config: Path, overwrite: bool) -> None:
+def init_command(config: Path, overwrite: bool) -> None:
     """Write a commented configuration to CONFIG, ready to edit and run."""
     if config.exists() and not overwrite:
         raise click.ClickException(f"{config} exists; choose another name, or add --overwrite")
@@ -67,24 +67,24 @@ def init(config: Path, overwrite: bool) -> None:
     click.echo(f"Wrote {config}. Next: flowsim run {config}")
 
 
-@main.command()
+@main.command("run")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_output
 @_overwrite
 @_quiet
-def run(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
+def run_command(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
     """Run the experiment that CONFIG describes; results go to runs/<its name> unless --output says
     where."""
     experiment = _experiment(config)
     _execute(experiment, _free(experiment, output, overwrite), progress=not no_progress)
 
 
-@main.command()
+@main.command("compare")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_output
 @_overwrite
 @_quiet
-def compare(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
+def compare_command(config: Path, output: Path | None, overwrite: bool, no_progress: bool) -> None:
     """Hold the rules that CONFIG describes against the first flow among them, with a figure and
     distances.csv."""
     from flowsim import plots
@@ -157,9 +157,9 @@ def _print_table(console: "Console", runs: "dict[str, Trajectory]", directory: P
 
     from rich.table import Table
 
-    from flowsim.experiment.experiment import summary
+    from flowsim.run.summary import summarise
 
-    rows = summary(runs)
+    rows = summarise(runs)
     with (directory / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -7,7 +7,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import tomli_w
@@ -25,7 +25,6 @@ from flowsim.nets.frozen import Frozen
 from flowsim.nets.function import Diagonal
 from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
-from flowsim.plots.axes import crossing
 from flowsim.problems import data, losses
 from flowsim.problems.data import Data
 from flowsim.problems.problem import Problem
@@ -301,51 +300,3 @@ def slug(label: str) -> str:
     """
     plain = label.replace("ℓ", "l").replace("∞", "inf").replace("ΔΛ", "dlam")
     return re.sub(r"[^A-Za-z0-9.]+", "-", plain).strip("-").lower()
-
-
-def summary(runs: dict[str, Trajectory]) -> list[dict[str, Any]]:
-    """One row for each run: medians over seeds of t₀, the final readings, margins, alignment and
-    work, and why it stopped. Values are those at each trajectory's last save."""
-    return [_row(label, run) for label, run in runs.items()]
-
-
-def _row(label: str, run: Trajectory) -> dict[str, Any]:
-    last = {name: _last(run[name]) for name in run.names if run[name].ndim == 2}
-    own = run.provenance.get("norm") or "l2"
-    return {
-        "run": label,
-        "t0": 10 ** crossing(run),
-        "lam": np.median(last["lam"]),
-        **{
-            f"margin_{n}": np.median(last[f"margin_{n}"])
-            for n in ("l1", "l2", "linf")
-            if f"margin_{n}" in last
-        },
-        "alignment": np.median(last[f"alignment_{own}"]) if f"alignment_{own}" in last else np.nan,
-        "energy": np.median(_energy_excess(run)),
-        "sliding": np.median(last["tally_sliding"]) if "tally_sliding" in last else np.nan,
-        "releases": np.median(last["tally_releases"]) if "tally_releases" in last else np.nan,
-        "steps": np.median(last["steps"]),
-        "gradients": np.median(last["tally_gradients"]),
-        "seconds": run.provenance["seconds"],
-        "stopped": ", ".join(
-            f"{run.statuses.count(s)} × {s.name}" for s in dict.fromkeys(run.statuses)
-        ),
-    }
-
-
-def _energy_excess(run: Trajectory) -> np.ndarray:
-    """∫‖∇Λ‖_* ds over the rise of Λ, less one: zero along an exact steepest flow. NaN for a run
-    that did not rise."""
-    risen = run.final.readings["lam"].cpu().numpy() - run["lam"][0]
-    spent = run.final.readings["dissipated"].cpu().numpy() - run["dissipated"][0]
-    return np.divide(spent, risen, out=np.full_like(risen, np.nan), where=risen > 0) - 1
-
-
-def _last(value: np.ndarray) -> np.ndarray:
-    """Each trajectory's last finite value."""
-    found = []
-    for column in value.T:
-        finite = column[np.isfinite(column)]
-        found.append(finite[-1] if finite.size else np.nan)
-    return np.array(found)

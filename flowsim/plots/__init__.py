@@ -6,12 +6,12 @@ they agree between figures. Pictures of a single run are in `portraits`, those o
 beside a flow in `beside`. Nothing here sets global state or shows a window; `save` writes vector
 and pixel files and the data of the figure."""
 
-from flowsim.plots.axes import bands, crossing, position, separation, style
-from flowsim.plots.beside import apart, compare, comparison, order
+from flowsim.plots.axes import bands, style
+from flowsim.plots.beside import apart, comparison, order
+from flowsim.plots.beside import beside_flow as compare
+from flowsim.plots.figures import alignment_curves as alignment
 from flowsim.plots.figures import (
-    alignment,
     certificate,
-    energy,
     gap,
     loss,
     margins,
@@ -20,7 +20,11 @@ from flowsim.plots.figures import (
     save,
     trust,
 )
-from flowsim.plots.portraits import kkt, multipliers, neurons, residuals
+from flowsim.plots.figures import energy_curves as energy
+from flowsim.plots.portraits import kkt_residuals as kkt
+from flowsim.plots.portraits import multiplier_paths as multipliers
+from flowsim.plots.portraits import neurons, residuals
+from flowsim.run.summary import crossing, position, separation
 
 __all__ = [
     "alignment",

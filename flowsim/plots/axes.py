@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from flowsim.run.summary import crossing, position, separation
 from flowsim.run.trajectory import Trajectory
 
 Runs: TypeAlias = Trajectory | Mapping[str, Trajectory]
@@ -136,12 +137,6 @@ def along(ax: Axes, against: str) -> None:
     ax.set_xlabel(AXES[against])
 
 
-def position(run: Trajectory, against: str) -> np.ndarray:
-    """The horizontal coordinate ``(K, B)``: a reading, for time its decimal logarithm."""
-    x = run[against]
-    return x / np.log(10) if against == "log_time" else x
-
-
 def bands(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Grid, 10th percentile, median and 90th percentile over trajectories of y(x), both ``(K, B)``.
 
@@ -161,35 +156,6 @@ def bands(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
         read.append(np.interp(grid, xs, ys))
     low, middle, high = np.quantile(np.array(read), [0.1, 0.5, 0.9], axis=0)
     return grid, low, middle, high
-
-
-def crossing(run: Trajectory, against: str = "log_time") -> float:
-    """Median over trajectories of the coordinate where Λ first exceeds 0 (t₀), by interpolation;
-    NaN if never."""
-    return _first(position(run, against), run["lam"])
-
-
-def separation(run: Trajectory, against: str = "log_time") -> float:
-    """Median over trajectories of the first save point at which every training example is
-    classified."""
-    if "accuracy" not in run:
-        return np.nan
-    x, right = position(run, against), run["accuracy"] >= 1
-    found = [x[right[:, b].argmax(), b] if right[:, b].any() else np.nan for b in range(len(run))]
-    return float(np.median(found))
-
-
-def _first(x: np.ndarray, level: np.ndarray) -> float:
-    found = []
-    for b in range(x.shape[1]):
-        above = np.nonzero(level[:, b] > 0)[0]
-        k = above[0] if above.size else -1
-        if k <= 0 or not np.isfinite(x[k - 1, b]):
-            found.append(x[k, b] if k >= 0 else np.nan)
-        else:
-            share = -level[k - 1, b] / (level[k, b] - level[k - 1, b])
-            found.append(x[k - 1, b] + share * (x[k, b] - x[k - 1, b]))
-    return float(np.median(found))
 
 
 # --------------------------------------------------------------------------------------------------

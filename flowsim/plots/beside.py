@@ -17,10 +17,10 @@ from flowsim.plots.axes import (
     fresh_axes,
     look,
     mathtext,
-    position,
     require,
     style,
 )
+from flowsim.run.summary import position
 from flowsim.run.trajectory import Trajectory
 from flowsim.study.comparison import Comparison
 from flowsim.study.order import OrderStudy
@@ -43,7 +43,7 @@ _DISTANCES = {
 }
 
 
-def compare(
+def beside_flow(
     found: Comparison, what: str = "lam", *, against: str = "time", ax: Axes | None = None
 ) -> Axes:
     """A measured value of the flow as a line and of discrete runs as markers, medians over seeds.
@@ -98,8 +98,8 @@ def comparison(found: Comparison, *, against: str | None = None) -> Figure:
     value = own if own in margins else next(iter(margins), "arclength")
     with style():
         fig, axes = plt.subplots(2, 2, figsize=(6.75, 5.4), layout="constrained")
-        compare(found, "lam", against=against, ax=axes[0, 0])
-        compare(found, value, against="lam", ax=axes[0, 1])
+        beside_flow(found, "lam", against=against, ax=axes[0, 0])
+        beside_flow(found, value, against="lam", ax=axes[0, 1])
         apart(found, "weights", "log_time", against=against, ax=axes[1, 0])
         apart(found, "direction", "lam", against="lam", ax=axes[1, 1])
         handles, labels = axes[0, 0].get_legend_handles_labels()

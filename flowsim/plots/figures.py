@@ -89,7 +89,7 @@ def norms(
     return ax
 
 
-def alignment(
+def alignment_curves(
     runs: Runs, norm: str = "l2", *, against: str = "log_time", ax: Axes | None = None
 ) -> Axes:
     """1 − α, the distance of weights and gradient from being aligned: 0 at a KKT point of the
@@ -100,7 +100,7 @@ def alignment(
     return ax
 
 
-def energy(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
+def energy_curves(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """The energy residual |∫‖h‖_* ds/ΔΛ − 1| from the first save on, as the method has summed it: 0
     along a flow."""
     ax = curves(runs, _energy, against, ax, marks=False)
@@ -223,8 +223,8 @@ def trust(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figur
         upper, lower = parts
         axes = upper.subplots(2, 2, sharex=True)
         for ax, norm in zip(axes.flat, ("l1", "l2", "linf"), strict=False):
-            alignment(runs, norm, against=against, ax=ax)
-        energy(runs, against=against, ax=axes[1, 1])
+            alignment_curves(runs, norm, against=against, ax=ax)
+        energy_curves(runs, against=against, ax=axes[1, 1])
         for ax in axes[0]:
             ax.set_xlabel("")
         upper.legend(

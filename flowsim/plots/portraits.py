@@ -7,8 +7,9 @@ import torch
 from matplotlib.axes import Axes
 
 from flowsim.diagnostics.stationarity import Stationarity
-from flowsim.plots.axes import NORMS, along, fresh_axes, look, position, require
+from flowsim.plots.axes import NORMS, along, fresh_axes, look, require
 from flowsim.problems.problem import Problem
+from flowsim.run.summary import position
 from flowsim.run.trajectory import Trajectory
 
 _KKT = {
@@ -18,7 +19,7 @@ _KKT = {
 }
 
 
-def kkt(
+def kkt_residuals(
     run: Trajectory,
     norm: str = "l2",
     *,
@@ -47,7 +48,7 @@ def kkt(
     return ax
 
 
-def multipliers(
+def multiplier_paths(
     run: Trajectory,
     norm: str = "l2",
     *,

@@ -1,9 +1,11 @@
 """The command line, called as a user calls it."""
 
+import csv
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -123,3 +125,75 @@ def test_help_and_version_do_not_import_torch():
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+# Compare
+
+COMPARED = """
+name = "tiny"
+seeds = [0, 1]
+loss = "logistic"
+[data]
+kind = "gaussian_separable"
+n = 8
+d = 3
+[net]
+kind = "mlp"
+hidden = []
+[init]
+scale = 0.5
+[until]
+clock = "time"
+value = 2.0
+saves = 5
+[[rules]]
+kind = "flow"
+norm = "linf"
+[[rules]]
+kind = "descent"
+norm = "linf"
+lr = 0.01
+"""
+
+
+def test_the_command_saves_runs_distances_and_a_figure(tmp_path):
+    config, out = tmp_path / "tiny.toml", tmp_path / "out"
+    config.write_text(COMPARED, encoding="utf-8")
+    result = call("compare", config, "-o", out, "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert "weights, equal t" in result.output
+    made = {p.name for p in out.iterdir()}
+    assert {
+        "config.toml",
+        "summary.csv",
+        "distances.csv",
+        "compare.pdf",
+        "compare.png",
+        "compare.csv",
+    } < made
+    flow, run = fs.load(out / "linf-flow"), fs.load(out / "sign-descent-lr-0.01")
+    with (out / "distances.csv").open(encoding="utf-8") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["at"] == "log_time" and row["trajectory"] == "1"
+        ]
+    assert len(rows) == 5
+    last = rows[-1]
+    assert float(last["lam"]) == pytest.approx(run["lam"][-1, 1])
+    size = np.linalg.norm(flow.weights[-1, 1])
+    same = np.linalg.norm(run.weights[-1, 1] - flow.weights[-1, 1]) / size  # both are at t = 2
+    assert float(last["apart_weights"]) == pytest.approx(same, rel=1e-6)
+    assert (fs.Experiment.read(out / "config.toml")).rules[0].kind == "flow"
+    again = call("compare", config, "-o", out, "--no-progress")
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+
+
+def test_the_command_needs_a_flow_and_another_rule(tmp_path):
+    config = tmp_path / "tiny.toml"
+    config.write_text(COMPARED.replace('kind = "flow"', 'kind = "small_steps"'), encoding="utf-8")
+    result = call("compare", config, "-o", tmp_path / "out", "--no-progress")
+    assert result.exit_code == 1
+    assert "expected a flow and one other at least" in result.output
+    assert not (tmp_path / "out").exists()

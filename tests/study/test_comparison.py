@@ -1,26 +1,17 @@
-"""Discrete runs beside a flow: distances against closed forms, orders of approach, figures and the
-command."""
+"""Discrete runs beside a flow: distances against closed forms, orders of approach."""
 
-import csv
 from dataclasses import FrozenInstanceError, replace
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from scipy.stats import binom
 
 import flowsim as fs
-from flowsim import plots
-from flowsim.experiment.cli import main
 from flowsim.flow.dissipation import SmoothSign
 from flowsim.motion.clocks import ARCLENGTH, LAM, TIME
 from flowsim.study.order import Order
 from flowsim.study.traced_path import Path, Traced
-
-mpl.use("Agg")
 
 MATRIX, MINIMISER = [[2.0, 0.5], [0.5, 1.0]], [1.0, -1.0]
 BOWL = fs.Quadratic(MATRIX, MINIMISER)
@@ -28,12 +19,6 @@ CORNERS = torch.tensor([[0.0, 0.0], [3.0, 1.0], [-1.0, 2.0]], dtype=torch.float6
 FINE = tuple(0.02 / 2**k for k in range(7))
 LADDER = tuple(0.04 / 2**k for k in range(7))
 FLOW = fs.SteepestFlow(fs.L2(), rtol=1e-9, method=fs.DOPRI5)
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def solution(t, start):
@@ -376,116 +361,3 @@ def test_rates_without_a_flow_are_held_against_an_eighth_of_the_last():
     study, order = fitted(BOWL, fs.GradientDescent, CORNERS, fs.time(2.0, saves=5), ladder=ladder)
     assert "lr = 0.00125" in study.comparison.flow.label
     assert 1 < order.median < 1.15
-
-
-# Figures and the command
-
-
-def test_markers_are_at_the_learning_rate_times_the_step(bowl):
-    ax = plots.compare(bowl, "lam")
-    line, *markers = ax.lines
-    assert line.get_linestyle() == "-"
-    assert [m.get_label() for m in markers] == bowl.labels
-    for lr, mark in zip((0.1, 0.05), markers, strict=True):
-        steps = mark.get_xdata() / lr
-        assert steps == pytest.approx(np.round(steps), abs=1e-6)
-        assert mark.get_linestyle() == "None"
-    assert plots.compare(bowl, "lam", against="arclength", ax=ax) is ax
-    with pytest.raises(ValueError, match="got against='epochs'"):
-        plots.compare(bowl, against="epochs")
-
-
-def test_distances_are_drawn_as_they_are(bowl):
-    ax = plots.apart(bowl, "weights", "lam")
-    far = np.median(bowl["0.1", "weights", "lam"][-1])
-    assert ax.lines[0].get_ydata()[-1] == pytest.approx(far)
-    assert ax.get_yscale() == "log"
-
-
-def test_the_figure_of_orders_has_a_guide_of_slope_one():
-    study, order = fitted(
-        BOWL,
-        fs.GradientDescent,
-        CORNERS,
-        fs.time(2.0, saves=5),
-        flow=FLOW,
-        ladder=(0.04, 0.02, 0.01),
-    )
-    ax = plots.order({"bowl": study})
-    line, guide = ax.lines
-    assert line.get_ydata() == pytest.approx(np.median(study.distances(), 1))
-    x, y = guide.get_data()
-    assert np.diff(np.log(y)) == pytest.approx(np.diff(np.log(x)))
-    assert f"{order.median:.2f}" in line.get_label()
-
-
-COMPARED = """
-name = "tiny"
-seeds = [0, 1]
-loss = "logistic"
-[data]
-kind = "gaussian_separable"
-n = 8
-d = 3
-[net]
-kind = "mlp"
-hidden = []
-[init]
-scale = 0.5
-[until]
-clock = "time"
-value = 2.0
-saves = 5
-[[rules]]
-kind = "flow"
-norm = "linf"
-[[rules]]
-kind = "descent"
-norm = "linf"
-lr = 0.01
-"""
-
-
-def test_the_command_saves_runs_distances_and_a_figure(tmp_path):
-    config, out = tmp_path / "tiny.toml", tmp_path / "out"
-    config.write_text(COMPARED, encoding="utf-8")
-    result = CliRunner().invoke(main, ["compare", str(config), "-o", str(out), "--no-progress"])
-    assert result.exit_code == 0, result.output
-    assert "weights, equal t" in result.output
-    made = {p.name for p in out.iterdir()}
-    assert {
-        "config.toml",
-        "summary.csv",
-        "distances.csv",
-        "compare.pdf",
-        "compare.png",
-        "compare.csv",
-    } < made
-    flow, run = fs.load(out / "linf-flow"), fs.load(out / "sign-descent-lr-0.01")
-    with (out / "distances.csv").open(encoding="utf-8") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if row["at"] == "log_time" and row["trajectory"] == "1"
-        ]
-    assert len(rows) == 5
-    last = rows[-1]
-    assert float(last["lam"]) == pytest.approx(run["lam"][-1, 1])
-    size = np.linalg.norm(flow.weights[-1, 1])
-    same = np.linalg.norm(run.weights[-1, 1] - flow.weights[-1, 1]) / size  # both are at t = 2
-    assert float(last["apart_weights"]) == pytest.approx(same, rel=1e-6)
-    assert (fs.Experiment.read(out / "config.toml")).rules[0].kind == "flow"
-    again = CliRunner().invoke(main, ["compare", str(config), "-o", str(out), "--no-progress"])
-    assert again.exit_code == 1
-    assert "--overwrite" in again.output
-
-
-def test_the_command_needs_a_flow_and_another_rule(tmp_path):
-    config = tmp_path / "tiny.toml"
-    config.write_text(COMPARED.replace('kind = "flow"', 'kind = "small_steps"'), encoding="utf-8")
-    result = CliRunner().invoke(
-        main, ["compare", str(config), "-o", str(tmp_path / "out"), "--no-progress"]
-    )
-    assert result.exit_code == 1
-    assert "expected a flow and one other at least" in result.output
-    assert not (tmp_path / "out").exists()

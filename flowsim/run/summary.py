@@ -1,0 +1,78 @@
+"""Runs as rows of a table: when each became separated, where it ended, what it cost, why it stopped."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy import ndarray as Array
+
+from flowsim.run.trajectory import Trajectory
+
+_MARGINS = ("margin_l1", "margin_l2", "margin_linf")
+
+
+def summarise(runs: Mapping[str, Trajectory]) -> list[dict[str, Any]]:
+    """One row for each run: medians over seeds of t₀, the final readings, margins, alignment and
+    work, and why it stopped. Values are those at each trajectory's last save; NaN where a run has
+    none."""
+    return [{"run": label, **_row(run)} for label, run in runs.items()]
+
+
+def _row(run: Trajectory) -> dict[str, Any]:
+    own = run.provenance.get("norm") or "l2"
+    stopped = Counter(status.name for status in run.statuses)
+    return {
+        "t0": 10 ** crossing(run),
+        "lam": _median_at_end(run, "lam"),
+        **{name: _median_at_end(run, name) for name in _MARGINS if name in run},
+        "alignment": _median_at_end(run, f"alignment_{own}"),
+        "energy": np.median(run.certificate.energy),
+        "sliding": _median_at_end(run, "tally_sliding"),
+        "releases": _median_at_end(run, "tally_releases"),
+        "steps": _median_at_end(run, "steps"),
+        "gradients": _median_at_end(run, "tally_gradients"),
+        "seconds": run.provenance["seconds"],
+        "stopped": ", ".join(f"{count} × {name}" for name, count in stopped.items()),
+    }
+
+
+def _median_at_end(run: Trajectory, name: str) -> float:
+    """Median over trajectories of each one's last finite value ``(K, B)``."""
+    if name not in run:
+        return np.nan
+    known = [column[np.isfinite(column)] for column in run[name].T]
+    return float(np.median([values[-1] if values.size else np.nan for values in known]))
+
+
+def position(run: Trajectory, against: str) -> Array:
+    """A coordinate along a run ``(K, B)``: the reading of a clock, for time its decimal logarithm."""
+    reading = run[against]
+    return reading / np.log(10) if against == "log_time" else reading
+
+
+def crossing(run: Trajectory, against: str = "log_time") -> float:
+    """Median over trajectories of the coordinate where Λ first exceeds 0 (t₀), by interpolation;
+    NaN if never."""
+    columns = zip(position(run, against).T, run["lam"].T, strict=True)
+    return float(np.median([_where_positive(x, lam) for x, lam in columns]))
+
+
+def _where_positive(x: Array, lam: Array) -> float:
+    above = np.flatnonzero(lam > 0)
+    if not above.size:
+        return np.nan
+    k = above[0]
+    if k == 0 or not np.isfinite(x[k - 1]):
+        return x[k]
+    return np.interp(0.0, lam[k - 1 : k + 1], x[k - 1 : k + 1])
+
+
+def separation(run: Trajectory, against: str = "log_time") -> float:
+    """Median over trajectories of the first save point at which every training example is
+    classified; NaN if never, or if the accuracy was not observed."""
+    if "accuracy" not in run:
+        return np.nan
+    columns = zip(position(run, against).T, run["accuracy"].T, strict=True)
+    found = [x[right >= 1][:1] for x, right in columns]
+    return float(np.median([x[0] if x.size else np.nan for x in found]))
