@@ -100,6 +100,6 @@ from flowsim.study.order import order_study as order_study
 from flowsim.study.small_steps import SmallStepLimit as SmallStepLimit
 from flowsim.study.small_steps import gain_ratio as gain_ratio
 from flowsim.study.small_steps import small_step_limit as small_step_limit
-from flowsim.velocity import select as select
+from flowsim.velocity.selection import select as select
 
 __version__: str

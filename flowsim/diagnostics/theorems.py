@@ -41,7 +41,7 @@ from flowsim.norms.norm import Norm
 from flowsim.norms.polars import polar, smoothness
 from flowsim.numerics.quadrature import log_elapsed, log_mean_exp
 from flowsim.problems.problem import Problem
-from flowsim.velocity import select
+from flowsim.velocity.selection import select
 
 EXACT = 1e-8  # bound on identities that hold up to rounding
 

@@ -34,7 +34,7 @@ from flowsim.problems.problem import Problem
 from flowsim.run.events import Event
 from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
-from flowsim.velocity import select
+from flowsim.velocity.selection import select
 
 _WATCHED = 500  # steps that decide whether a run stalls
 

@@ -16,7 +16,7 @@ from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp, Mahalanobis
 from flowsim.problems.problem import Problem
 from flowsim.problems.quadratics import PiecewiseQuadratic, Quadratic
-from flowsim.velocity import Selection, select, variation
+from flowsim.velocity.selection import Selection, select, variation
 
 ORIGIN = torch.zeros(1, 3, dtype=torch.float64)
 TOY1 = PiecewiseQuadratic(slope=[-3.0, -1.0, 1.0], normals=[[1.0, 0.5, 0.1]], weights=[4.0])

@@ -1,0 +1,1 @@
+"""The velocity of a steepest flow at a tie or a kink."""

@@ -1,0 +1,113 @@
+r"""Multipliers of attracting kinks: the gradient of least dual norm.
+
+    min_D ‖b − Σ c_k D_k n_k‖_*  =  max_{‖u‖ ≤ 1} ⟨b, u⟩ − Σ c_k max(⟨n_k, u⟩, 0),    0 ≤ D ≤ 1,
+
+which is a box-constrained quadratic programme in quadratic norms, a linear programme in ℓ1 and ℓ∞,
+and a splitting between the ball and the kinks in every other norm."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linprog
+from torch import Tensor
+
+from flowsim.convex import box
+from flowsim.convex.admm import Form, split
+from flowsim.norms.norm import Norm
+from flowsim.norms.vector import L1, Linf
+from flowsim.velocity.ties import Slabs
+
+END = 1e-9  # multipliers so near to 0 or 1 are taken to be there
+
+
+@dataclass(frozen=True)
+class AttractingKinks:
+    """The attracting kinks at one place: normals ``n``, ``c`` = −jump, the gradient ``b`` for D = 0,
+    and their ``index`` among all kinks."""
+
+    b: Float[Tensor, " P"]
+    n: Float[Tensor, "K P"]
+    c: Float[Tensor, " K"]
+    index: Int[Tensor, " K"]
+
+    def gradient(self, D: Float[Tensor, " K"]) -> Float[Tensor, " P"]:
+        return self.b - (self.c * D) @ self.n
+
+    def slope(self, u: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+        """The directional derivative of the level."""
+        return self.b @ u - self.c @ (self.n @ u).clamp_min(0)
+
+    def respected(self, D: Float[Tensor, " K"]) -> Slabs:
+        """Where u may lie: ⟨n, u⟩ is at most 0 for D = 0, at least 0 for D = 1, and 0 in between."""
+        unit = self.n / torch.linalg.vector_norm(self.n, dim=-1, keepdim=True)
+        low = torch.where(D <= 0, -torch.inf, 0.0).to(D)
+        high = torch.where(D >= 1, torch.inf, 0.0).to(D)
+        return Slabs(unit, low, high)
+
+
+def least_dual_norm(
+    norm: Norm, kinks: AttractingKinks
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " P"]]:
+    """D in [0, 1] for which ‖b − Σ c_k D_k n_k‖_* is least, and one of the steepest u."""
+    scale = norm.dual(kinks.b)
+    if not (len(kinks.c) and scale > 0):  # no gradient is shorter than zero
+        return torch.zeros_like(kinks.c), norm.steepest(kinks.b)
+    scaled = replace(kinks, b=kinks.b / scale, c=kinks.c / scale)
+    if norm.quadratic:
+        D, u = _by_least_squares(norm, scaled)
+    elif isinstance(norm, L1 | Linf):
+        D, u = _by_linear_programme(norm, scaled)
+    else:
+        D, u = _by_splitting(norm, scaled)
+    D = torch.where(D < END, 0.0, D)
+    return torch.where(D > 1 - END, 1.0, D), u
+
+
+def _by_least_squares(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
+    """‖h‖_*² = ⟨h, A⁻¹h⟩ is a quadratic form in the forces c·D, which are in a box."""
+    inverse = norm.dual(kinks.n)[:, None] * norm.steepest(kinks.n)  # A⁻¹n (K, P)
+    gram, pull = kinks.n @ inverse.mT, inverse @ kinks.b
+    sweeps = 40 + 4 * len(kinks.c)
+    solved = box.solve_box(
+        gram[None, None], pull[None, None], kinks.c[None, None], max_sweeps=sweeps
+    )
+    D = solved.force[0, 0] / kinks.c
+    return D, norm.steepest(kinks.gradient(D))
+
+
+def _by_linear_programme(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
+    """D are the multipliers of s_k ≥ c_k ⟨n_k, u⟩."""
+    K, P = kinks.n.shape
+    b, rows = kinks.b.cpu().numpy(), (kinks.c[:, None] * kinks.n).cpu().numpy()
+    if isinstance(norm, L1):  # u = p − q with p, q ≥ 0
+        b, rows = np.concatenate([b, -b]), np.concatenate([rows, -rows], 1)
+        bounds = np.repeat([[0.0, np.inf]], 2 * P + K, 0)
+        ball = np.concatenate([np.ones(2 * P), np.zeros(K)])[None]
+    else:
+        bounds = np.repeat([[-1.0, 1.0], [0.0, np.inf]], [P, K], 0)
+        ball = np.zeros((0, P + K))
+    A = np.concatenate([np.concatenate([rows, -np.eye(K)], 1), ball])
+    limit = np.concatenate([np.zeros(K), np.ones(len(ball))])
+    cost = np.concatenate([-b, np.ones(K)])
+    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    done = linprog(cost, A, limit, bounds=bounds, method="highs", options=tight)
+    if done.x is None:
+        raise ArithmeticError(f"the multipliers of {K} kinks were not found: {done.message}")
+    u = done.x[:P] - done.x[P : 2 * P] if isinstance(norm, L1) else done.x[:P]
+    D = torch.from_numpy(-done.ineqlin.marginals[:K]).to(kinks.b)
+    return D.clamp(0, 1), torch.from_numpy(u).to(kinks.b)
+
+
+def _by_splitting(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
+    """The unit ball and the kinks c max(⟨n, u⟩, 0) are the parts."""
+    length = torch.linalg.vector_norm(kinks.n, dim=-1)
+    unit, c = kinks.n / length[:, None], kinks.c * length
+
+    def prox(z: Tensor, rho: float) -> Tensor:
+        return torch.where(z > 0, (z - c / rho).clamp_min(0), z)
+
+    form = Form(kinks.b.new_zeros(0, len(kinks.b)), 0.0, kinks.b)
+    done = split(form, norm.project, unit, prox, start=norm.steepest(kinks.b))
+    return (done.force / c).clamp(0, 1), done.at
