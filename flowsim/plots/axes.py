@@ -77,7 +77,8 @@ def curves(
     *,
     marks: bool = True,
 ) -> Axes:
-    """A curve of each run, of the values ``(K, B)`` that a function gives, over a clock."""
+    """A curve of each run over a clock, of the values ``(K, B)`` that a function gives, on a
+    logarithmic axis. With ``marks``, a circle where the run separated and a triangle at its t₀."""
     ax = along(against, ax)
     for label, run, look in dressed(labelled(runs)):
         x, middle = draw(ax, position(run, against), value(run), look, label)
@@ -86,6 +87,7 @@ def curves(
             if marks and np.isfinite(moment):
                 height = np.interp(moment, x, middle)
                 ax.plot(moment, height, marker, color=look["color"], **MOMENT)
+    ax.set_yscale("log", nonpositive="mask")
     return ax
 
 

@@ -97,8 +97,8 @@ def comparison(found: Comparison, *, against: str | None = None) -> Figure:
         beside_flow(found, value, against="lam", ax=axes[0, 1])
         apart(found, "weights", "log_time", against=against, ax=axes[1, 0])
         apart(found, "direction", "lam", against="lam", ax=axes[1, 1])
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        shown = axes[0, 0].get_legend_handles_labels()
+        fig.legend(*shown, loc="outside lower center", ncols=2, frameon=False)
     return fig
 
 

@@ -16,6 +16,7 @@ from numpy import ndarray as Array
 
 from flowsim.plots.axes import (
     Runs,
+    Style,
     along,
     curves,
     degree,
@@ -33,7 +34,7 @@ from flowsim.plots.axes import (
 )
 from flowsim.run.trajectory import Trajectory
 
-_FORMATS: dict[str, dict[str, Any]] = {
+_FORMATS: dict[str, Style] = {
     ".pdf": {"metadata": {"CreationDate": None}},
     ".png": {"dpi": 200},
 }
@@ -59,7 +60,6 @@ def margins(
     name = f"soft_margin_{norm}" if soft else f"margin_{norm}"
     value = r"\ell^{-1}(\mathcal{L})" if soft else r"\mathrm{min}_i\, q_i"
     ax = curves(runs, lambda run: run[name], against, ax)
-    ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel(rf"margin ${value}/{norm_symbol(norm)}^{{{degree(runs)}}}$")
     return ax
 
@@ -79,7 +79,6 @@ def norms(
 ) -> Axes:
     """Norm of the weights."""
     ax = curves(runs, lambda run: run[f"norm_{norm}"], against, ax)
-    ax.set_yscale("log")
     ax.set_ylabel(f"${norm_symbol(norm)}$")
     return ax
 
@@ -90,7 +89,6 @@ def alignment_curves(
     """1 − α, the distance of weights and gradient from being aligned: 0 at a KKT point of the
     max-margin problem."""
     ax = curves(runs, lambda run: 1 - run[f"alignment_{norm}"], against, ax)
-    ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel(rf"$1 - \langle w, -g\rangle/({norm_symbol(norm)}\,\|g\|_*)$")
     return ax
 
@@ -99,7 +97,6 @@ def energy_curves(runs: Runs, *, against: str = "log_time", ax: Axes | None = No
     """The energy residual |∫‖h‖_* ds/ΔΛ − 1| from the first save on, as the method has summed it: 0
     along a flow."""
     ax = curves(runs, _energy_residual, against, ax, marks=False)
-    ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel("energy residual")
     return ax
 
@@ -155,6 +152,13 @@ _CERTIFIED = (
     "rounding of the softmax weights",
 )
 _MARKERS = "os^d"
+_POINTS: Style = {"markersize": 4, "alpha": 0.8}
+_LEGEND: Style = {
+    "loc": "lower center",
+    "bbox_to_anchor": (0.5, 1.0),
+    "ncols": 2,
+    "frameon": False,
+}
 _ZERO = 1e-17
 
 
@@ -166,20 +170,18 @@ def certificate(runs: Runs, *, ax: Axes | None = None) -> Axes:
     fall of the soft margin, 1 − α, and what rounding leaves of the softmax weights. Zeros are drawn
     at the left edge."""
     ax = ax or new_axes()
-    rows = dict(reversed(labelled(runs).items()))  # from below
-    for height, run in reversed(list(enumerate(rows.values()))):
+    rows = labelled(runs)
+    for row, run in enumerate(rows.values()):
         found = run.certificate
         sizes = (np.abs(found.energy), found.fall, 1 - found.alignment, 10.0**-found.digits)
         for index, size in enumerate(sizes):
             known = np.maximum(size[np.isfinite(size)], _ZERO)
-            place = np.full_like(known, height + 0.12 * (1.5 - index))
-            points = {"color": look(index)["color"], "markersize": 4, "alpha": 0.8}
-            ax.plot(known, place, _MARKERS[index], **points)
-    ax.set(xscale="log", xlim=(_ZERO / 3, 30), ylim=(-0.6, len(rows) - 0.4))
-    ax.set_yticks(range(len(rows)), [mathtext(label) for label in rows])
+            height = np.full_like(known, 0.12 * (1.5 - index) - row)
+            ax.plot(known, height, _MARKERS[index], color=look(index)["color"], **_POINTS)
+    ax.set(xscale="log", xlim=(_ZERO / 3, 30), ylim=(0.4 - len(rows), 0.6))
+    ax.set_yticks(range(1 - len(rows), 1), [mathtext(label) for label in list(rows)[::-1]])
     ax.set_xlabel("relative size; 0 at the left edge")
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    ax.legend(ax.lines[-4:], _CERTIFIED, ncols=2, frameon=False, **above)
+    ax.legend(ax.lines[-4:], _CERTIFIED, **_LEGEND)
     return ax
 
 
@@ -201,7 +203,8 @@ def trust(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figur
     rows = 0.35 * len(runs)
     with style():
         fig = plt.figure(figsize=(6.75, 5.4 + rows), layout="constrained")
-        upper, lower = fig.subfigures(2, 1, height_ratios=[5.4, 0.7 + rows])
+        parts: Any = fig.subfigures(2, 1, height_ratios=[5.4, 0.7 + rows])
+        upper, lower = parts
         _panels(upper, runs, alignment_curves, energy_curves, against)
         certificate(runs, ax=lower.subplots())
     return fig
@@ -247,7 +250,7 @@ def _write_csv(runs: Mapping[str, Trajectory], path: Path) -> None:
         writer.writerow(["run", "trajectory", "save", *names])
         for label, run in runs.items():
             unknown = np.full_like(run["lam"], np.nan)
-            columns = [run[name] if name in run else unknown for name in names]
-            for b, rows in enumerate(np.stack(columns, axis=-1).swapaxes(0, 1)):  # (B, K, names)
-                for k, row in enumerate(rows):
+            values = np.stack([run.values.get(name, unknown) for name in names])
+            for b, saves in enumerate(values.T):  # (K, names)
+                for k, row in enumerate(saves):
                     writer.writerow([label, b, k, *(f"{value:.12g}" for value in row)])

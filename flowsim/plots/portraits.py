@@ -17,6 +17,7 @@ _KKT = {
 }
 _REST: Style = {"color": "0.75", "linewidth": 0.6, "zorder": 1}
 _CIRCLES, _CROSSES = 0, 1  # the looks of the two classes
+_DATA: Style = {"color": "black", "markersize": 4, "fillstyle": "none"}
 _SIDES = ["#dce8f5", "#fdeedd"]
 
 
@@ -32,9 +33,11 @@ def kkt_residuals(
     excess of the best multipliers a band."""
     ax = along(against, ax)
     x = position(run, against)[:, trajectory]
-    seen = {name: run[f"{name}_{norm}"][:, trajectory] for name in _KKT if f"{name}_{norm}" in run}
-    for index, (name, y) in enumerate(seen.items()):
-        ax.plot(x, 1 - y if name == "alignment" else y, label=_KKT[name], **look(index))
+    observed = [name for name in _KKT if f"{name}_{norm}" in run]
+    for index, name in enumerate(observed):
+        y = run[f"{name}_{norm}"][:, trajectory]
+        y = 1 - y if name == "alignment" else y
+        ax.plot(x, y, label=_KKT[name], **look(index))
     if f"excess_{norm}" in run:
         low, high = (run[f"{name}_{norm}"][:, trajectory] for name in ("floor", "excess"))
         ax.fill_between(x, low, high, color="0.5", label="best multipliers", **BAND)
@@ -72,7 +75,8 @@ def residuals(at: Stationarity, *, trajectory: int = 0, ax: Axes | None = None) 
     maximum counts, and √(1 − α), within which a KKT pair lies."""
     ax = ax or new_axes()
     tols = np.concatenate([[0.0], np.logspace(-6, 0, 121)])
-    curve = at.residuals(tols.tolist())[1][:, trajectory].cpu().numpy()
+    _, residual = at.residuals(tols.tolist())
+    curve = residual[:, trajectory].cpu()
     nearest = (1 - at.alignment[trajectory]).clamp_min(0).sqrt()
     ax.plot(np.maximum(tols, 1e-7), curve, drawstyle="steps-post", **look(0))
     ax.axhline(float(nearest), color="0.5", linestyle=":")
@@ -90,36 +94,38 @@ def neurons(
     Orange neurons vote for the class of the crosses, blue ones for that of the circles; a dot is
     where a path ends. Raises ValueError for other nets and inputs, and for runs without weights.
     """
-    _require_plane(problem, run)
+    _require_plane(problem)
+    if run.weights is None:
+        raise ValueError(
+            "neurons: got a run without weights, expected one that has kept them; try fewer saves"
+        )
     ax = ax or new_axes()
-    one = problem.select(torch.tensor([trajectory]))
-    x, y = one.x.reshape(-1, 2), one.y.reshape(-1)
+    problem = problem.select(torch.tensor([trajectory]))
+    x, y = problem.x.reshape(-1, 2), problem.y.reshape(-1)
     largest = float(x.abs().max())
-    w = torch.from_numpy(run.select(trajectory).weights)[:, 0]
+
+    w = torch.from_numpy(run.weights[:, trajectory])
     w = w[w.isfinite().all(-1)]  # (K, P)
-    first, last = (block.of(w).numpy() for block in problem.layout)  # (K, m, 2), (K, 1, m)
-    paths = np.abs(last[:, 0, :, None]) * first
-    paths *= largest / np.linalg.norm(paths[-1], axis=-1).max()
-    _draw_decision(one, w[-1:], 1.3 * largest, ax)
-    for path, vote in zip(paths.swapaxes(0, 1), last[-1, 0], strict=True):
-        colour = look(_CROSSES if vote > 0 else _CIRCLES)["color"]
-        ax.plot(*path.T, "-", color=colour, linewidth=0.7, alpha=0.7)
-        ax.plot(*path[-1], ".", color=colour, markersize=4)
-    for sign, marker in ((1, "x"), (-1, "o")):
-        ax.plot(*x[y == sign].T.numpy(), marker, color="black", markersize=4, fillstyle="none")
+    _draw_decision(problem, w[-1:], 1.3 * largest, ax)
+
+    first, last = (block.of(w) for block in problem.layout)  # (K, m, 2), (K, 1, m)
+    paths = last.abs().mT * first
+    paths *= largest / paths[-1].norm(dim=-1).max()
+    for path, vote in zip(paths.unbind(1), last[-1, 0], strict=True):
+        neuron = {"color": look(_CROSSES if vote > 0 else _CIRCLES)["color"]}
+        ax.plot(*path.T, "-", linewidth=0.7, alpha=0.7, **neuron)
+        ax.plot(*path[-1], ".", markersize=4, **neuron)
+    ax.plot(*x[y == 1].T, "x", **_DATA)
+    ax.plot(*x[y == -1].T, "o", **_DATA)
     ax.set_xlabel(r"$x_1$; neurons $|a_j| w_{j1}$, scaled")
     ax.set_ylabel(r"$x_2$; neurons $|a_j| w_{j2}$, scaled")
     return ax
 
 
-def _require_plane(problem: Problem, run: Trajectory) -> None:
+def _require_plane(problem: Problem) -> None:
     shapes = [block.shape for block in problem.layout]
     if len(shapes) != 2 or shapes[0][-1] != 2 or shapes[1][0] != 1:
         raise ValueError("neurons: got another net, expected MLP([2, m, 1]) on inputs in the plane")
-    if run.weights is None:
-        raise ValueError(
-            "neurons: got a run without weights, expected one that has kept them; try fewer saves"
-        )
 
 
 def _draw_decision(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) -> None:
@@ -127,7 +133,7 @@ def _draw_decision(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) ->
     0."""
     ticks = torch.linspace(-reach, reach, 121, dtype=torch.float64)
     points = torch.cartesian_prod(ticks, ticks)
-    f = problem.net.outputs(w, points).view(121, 121).mT.numpy()
-    ax.contourf(ticks, ticks, np.sign(f), levels=[-1.5, 0, 1.5], colors=_SIDES, zorder=0)
+    f = problem.net.outputs(w, points).view(121, 121).mT
+    ax.contourf(ticks, ticks, f.sign(), levels=[-1.5, 0, 1.5], colors=_SIDES, zorder=0)
     ax.contour(ticks, ticks, f, levels=[0.0], colors="0.3", linewidths=0.8)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
