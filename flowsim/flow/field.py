@@ -47,7 +47,8 @@ class Field:
         dual, size = self.norm.dual(h).double(), self.norm.value(w).double()
         lam = lam.double()
         assert self.clock.speed is not None
-        speed = self.clock.speed(objective, lam, dual, size)
+        time_rate = log_time_rate(objective, lam, dual)
+        speed = self.clock.speed(time_rate, dual, size)
         rates = {
             "arclength": speed,
             # at w = 0 relative arclength is infinite; it counts from the first point that is not
@@ -57,9 +58,7 @@ class Field:
             "dissipated": speed * dual,
         }
         velocity = speed.to(w)[:, None] * u
-        return Sample(
-            velocity, lam, h, dual, rates, log_time_rate(objective, lam, dual) + torch.log(speed)
-        )
+        return Sample(velocity, lam, h, dual, rates, time_rate + torch.log(speed))
 
 
 def require_smooth(field: Field, objective: Objective) -> None:

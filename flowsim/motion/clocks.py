@@ -9,32 +9,32 @@ Time is only ever held as log t: at Λ = 10⁶ it is e^{10⁶}.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import is_finite, is_positive, require_whole
 from flowsim.problems.objective import Objective
 
-Speed = Callable[[Objective, Tensor, Tensor, Tensor], Tensor]
+# --------------------------------------------------------------------------------------------------
+# How fast clocks run
+# --------------------------------------------------------------------------------------------------
 
-
-Spread = Callable[[float, float, int], list[float]]
+Speed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""ds/dτ, arclength per unit of the clock τ, from log dt/ds, the dual norm of the gradient and the
+norm of the weights, each ``(B,)``."""
 
 
 @dataclass(frozen=True)
 class Clock:
     """``name`` as users say it; ``reading`` names the entry of ``State.readings`` that shows this
-    clock.
-
-    ``speed(objective, lam, dual, size)`` is ds/dτ, arclength per unit of the clock τ, from the
-    level, the dual norm of its gradient and the norm of the weights, each ``(B,)``. None: the clock
-    cannot be integrated against."""
+    clock; a clock without ``speed`` cannot be integrated against."""
 
     name: str
     reading: str
@@ -42,37 +42,40 @@ class Clock:
 
 
 def log_time_rate(
-    objective: Objective, lam: Float[Tensor, " B"], dual: Float[Tensor, " B"]
+    objective: Objective, lam: Float[Tensor, " B"], dual_norm: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """log dt/ds, flow time per unit of arclength: Λ − log ‖∇Λ‖_*, or −log ‖∇F‖_* where the level is
     −F."""
-    return (lam if objective.logarithmic else torch.zeros_like(lam)) - torch.log(dual)
+    level = lam if objective.logarithmic else torch.zeros_like(lam)
+    return level - torch.log(dual_norm)
+
+
+def _speed_of_level(log_time_rate: Tensor, dual_norm: Tensor, norm: Tensor) -> Tensor:
+    return 1 / dual_norm
+
+
+def _speed_of_time(log_time_rate: Tensor, dual_norm: Tensor, norm: Tensor) -> Tensor:
+    return torch.exp(-log_time_rate)
+
+
+def _speed_of_arclength(log_time_rate: Tensor, dual_norm: Tensor, norm: Tensor) -> Tensor:
+    return torch.ones_like(dual_norm)
+
+
+def _speed_of_relative(log_time_rate: Tensor, dual_norm: Tensor, norm: Tensor) -> Tensor:
+    return norm
+
+
+def _speed_of_gradient(log_time_rate: Tensor, dual_norm: Tensor, norm: Tensor) -> Tensor:
+    return dual_norm
 
 
 STEPS = Clock("steps", "steps", None)
-
-
-LAM = Clock("lam", "lam", lambda objective, lam, dual, size: 1 / dual)
-
-
-TIME = Clock(
-    "time",
-    "log_time",
-    lambda objective, lam, dual, size: torch.exp(-log_time_rate(objective, lam, dual)),
-)
-
-
-ARCLENGTH = Clock(
-    "arclength", "arclength", lambda objective, lam, dual, size: torch.ones_like(dual)
-)
-
-
-RELATIVE = Clock("relative", "relative", lambda objective, lam, dual, size: size)
-
-
-GRADIENT = Clock("gradient", "gradient", lambda objective, lam, dual, size: dual)
-
-
+LAM = Clock("lam", "lam", _speed_of_level)
+TIME = Clock("time", "log_time", _speed_of_time)
+ARCLENGTH = Clock("arclength", "arclength", _speed_of_arclength)
+RELATIVE = Clock("relative", "relative", _speed_of_relative)
+GRADIENT = Clock("gradient", "gradient", _speed_of_gradient)
 """ds/dτ = ‖h‖_*, inside implicit methods: a flow in a quadratic norm is w' = A⁻¹h, and log dt/dτ
 the level."""
 
@@ -85,111 +88,67 @@ class Target:
     value: Float[Tensor, " B"]
 
     def select(self, rows: Tensor) -> "Target":
+        """The target of these trajectories."""
         return Target(self.clock, self.value[rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# When to save
+# --------------------------------------------------------------------------------------------------
+
+Spread = Callable[[float, float], list[float]]
+"""Readings to save at from a start to a stop, with both."""
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """When to save and when to stop. ``points``, where given, are the save points; else ``saves``
-    of them are laid out from the start to ``stop`` by ``spread``."""
+    """Save at the readings that ``spread`` lays out from the start to ``stop``, and stop there."""
 
     clock: Clock
     stop: float
-    saves: int
     spread: Spread
-    points: tuple[float, ...] = ()
 
     def targets(self, start: Float[Tensor, " B"]) -> list[float]:
         """Readings to save at, after the start itself. All trajectories share them, so that bands
         over seeds make sense; they begin after the reading of the trajectory that is furthest."""
         first = float(start.max())
-        if self.points:
-            return [p for p in self.points if p > first] or [self.points[-1]]
         if not first < self.stop:
             return [self.stop]
-        return [*self.spread(first, self.stop, self.saves)[1:-1], self.stop]
-
-
-def _schedule(
-    clock: Clock,
-    value: float | list[float],
-    saves: int,
-    spread: Spread,
-    read: Callable[[float], float] = float,
-) -> SavePlan:
-    what = clock.name
-    given = value if isinstance(value, list) else [value]
-    if not given or not all(_number(v) and math.isfinite(v) for v in given):
-        raise ValueError(
-            f"{what}: got {value!r}, expected a finite number or a non-empty list of them"
-        )
-    points = tuple(read(v) for v in given)
-    if any(b <= a for a, b in pairwise(points)):
-        raise ValueError(f"{what}: got save points {given}, expected them in increasing order")
-    if not isinstance(value, list):
-        if not (isinstance(saves, Integral) and saves >= 2):
-            raise ValueError(
-                f"{what}: got saves={saves!r}, expected an integer ≥ 2: the start and the end"
-            )
-        return SavePlan(clock, points[-1], saves, spread)
-    return SavePlan(clock, points[-1], len(points) + 1, spread, points)
-
-
-def _number(value: Any, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _listed(value: Any) -> Any:
-    """A number as it is, any other iterable as a list, anything else refused by the caller."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-
-
-def _spaced(warp: Callable[[float], float], back: Callable[[float], float]) -> Spread:
-    """Points that are evenly spaced after ``warp``."""
-
-    def spread(start: float, stop: float, saves: int) -> list[float]:
-        a, b = warp(start), warp(stop)
-        return [back(a + (b - a) * k / (saves - 1)) for k in range(saves)]
-
-    return spread
-
-
-def _whole_steps(start: float, stop: float, saves: int) -> list[float]:
-    raw = _spaced(math.asinh, math.sinh)(0.0, stop - start, saves)
-    return sorted({start + round(r) for r in raw})
-
-
-_RESOLUTION = (
-    0.01  # of Λ at the start of a run: a small initialisation escapes while Λ hardly moves
-)
-
-
-def _from_start(start: float, stop: float, saves: int) -> list[float]:
-    rise = _spaced(lambda r: math.asinh(r / _RESOLUTION), lambda r: _RESOLUTION * math.sinh(r))
-    return [start + r for r in rise(0.0, stop - start, saves)]
+        return [*self.spread(first, self.stop)[1:-1], self.stop]
 
 
 def lam(value: float | Iterable[float], saves: int = 100) -> SavePlan:
     """Run until Λ reaches ``value``; save at ``saves`` points whose rise over the start is even in
     asinh(rise/0.01), so that they are dense at first and then logarithmic, or at exactly the values
     of a list."""
-    return _schedule(LAM, _listed(value), saves, _from_start)
+    resolution = 0.01  # a small initialisation escapes while Λ hardly moves
+
+    def spread(start: float, stop: float) -> list[float]:
+        rises = _dense_at_first((stop - start) / resolution, saves)
+        return [start + resolution * rise for rise in rises]
+
+    return _plan(LAM, value, saves, spread)
 
 
 def arclength(value: float | Iterable[float], saves: int = 100) -> SavePlan:
     """Run until the path in weight space, measured in the rule's own norm, has this length; saves
     evenly spaced."""
-    return _schedule(ARCLENGTH, _listed(value), saves, _spaced(float, float))
+
+    def spread(start: float, stop: float) -> list[float]:
+        return _even(start, stop, saves)
+
+    return _plan(ARCLENGTH, value, saves, spread)
 
 
 def steps(value: int | Iterable[int], saves: int = 100) -> SavePlan:
     """Run for this many steps; saves even in asinh of the step, so that the first ones are each
     saved."""
-    given = _listed(value)
-    for n in given if isinstance(given, list) else [given]:
-        if not _number(n, Integral) or n < 0:
-            raise ValueError(f"steps: got {n!r}, expected a non-negative integer")
-    return _schedule(STEPS, given, saves, _whole_steps)
+
+    def spread(start: float, stop: float) -> list[float]:
+        taken = _dense_at_first(stop - start, saves)
+        return sorted({start + round(count) for count in taken})
+
+    return _plan(STEPS, value, saves, spread, _is_count, "a non-negative integer")
 
 
 def time(
@@ -197,22 +156,62 @@ def time(
 ) -> SavePlan:
     """Run until flow time t = ``value``; saves even in log t from ``first`` (default:
     value/1000)."""
-    given = _listed(value)
-    values = given if isinstance(given, list) else [given]
-    if not values or not all(_number(v) and v > 0 for v in values):
-        raise ValueError(
-            f"time: got {given!r}, expected a positive number or a non-empty list of them"
-        )
-    if first is not None and not (_number(first) and 0 < first < values[-1]):
-        raise ValueError(
-            f"time: got first={first!r}, expected a number between 0 and {values[-1]:g}"
-        )
-    earliest = math.log(first if first is not None else values[-1] / 1000)
-    even = _spaced(float, float)
 
-    def spread(start: float, stop: float, saves: int) -> list[float]:
+    def spread(start: float, stop: float) -> list[float]:
+        earliest = stop - math.log(1000) if first is None else math.log(first)
         if start >= earliest:
-            return even(start, stop, saves)
-        return [start, *even(earliest, stop, saves - 1)] if saves > 2 else [start, stop]
+            return _even(start, stop, saves)
+        return [start, *_even(earliest, stop, saves - 1)] if saves > 2 else [start, stop]
 
-    return _schedule(TIME, given, saves, spread, read=math.log)
+    plan = _plan(TIME, value, saves, spread, is_positive, "a positive number", math.log)
+    if first is not None and not (is_positive(first) and math.log(first) < plan.stop):
+        expected = f"a number between 0 and {math.exp(plan.stop):g}"
+        raise ValueError(f"time: got first={first!r}, expected {expected}")
+    return plan
+
+
+def at_points(clock: Clock, points: Sequence[float]) -> SavePlan:
+    """Save at exactly these readings, which increase."""
+
+    def spread(start: float, stop: float) -> list[float]:
+        return [start, *(point for point in points if point > start)]
+
+    return SavePlan(clock, points[-1], spread)
+
+
+def _plan(
+    clock: Clock,
+    value: Any,
+    saves: int,
+    spread: Spread,
+    holds: Callable[[Any], bool] = is_finite,
+    kind: str = "a finite number",
+    read: Callable[[float], float] = float,
+) -> SavePlan:
+    """To the readings that a user asks for: exactly those of a list, else on the way to the one."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    given = list(value) if several else [value]
+    if not given or not all(holds(point) for point in given):
+        expected = f"{kind} or a non-empty list of them"
+        raise ValueError(f"{clock.name}: got {value!r}, expected {expected}")
+    if any(b <= a for a, b in pairwise(given)):
+        expected = "them in increasing order"
+        raise ValueError(f"{clock.name}: got save points {given}, expected {expected}")
+    points = [read(point) for point in given]
+    if several:
+        return at_points(clock, points)
+    require_whole(clock.name, 2, saves=saves)
+    return SavePlan(clock, points[0], spread)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and is_finite(value) and int(value) >= 0
+
+
+def _even(start: float, stop: float, saves: int) -> list[float]:
+    return [start + (stop - start) * k / (saves - 1) for k in range(saves)]
+
+
+def _dense_at_first(stop: float, saves: int) -> list[float]:
+    """From 0 to ``stop``, even in asinh: evenly spaced below 1, logarithmically far above."""
+    return [math.sinh(warped) for warped in _even(0.0, math.asinh(stop), saves)]

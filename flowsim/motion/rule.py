@@ -48,15 +48,11 @@ def advance_by_steps(
 
     Trajectories leave the batch once they stop or have reached their own target; no step is
     shortened for it."""
-    while budget > 0:
-        waiting = pending(state, until)
-        if not bool(waiting.any()):
-            break
-        rows = waiting.nonzero().squeeze(1)
-        whole = bool(waiting.all())
-        part = problem if whole else problem.select(rows)
-        local = state if whole else state.select(rows)
-        goal = until if whole else until.select(rows)
+    while budget > 0 and bool((waiting := pending(state, until)).any()):
+        rows, whole = waiting.nonzero().squeeze(1), bool(waiting.all())
+        part, local, goal = problem, state, until
+        if not whole:
+            part, local, goal = problem.select(rows), state.select(rows), until.select(rows)
         while budget > 0 and bool(pending(local, goal).all()):
             local = step(part, local)
             budget -= 1

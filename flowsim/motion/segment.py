@@ -1,4 +1,4 @@
-"""TODO."""
+"""The last step of a trajectory, and what is read inside it."""
 
 from dataclasses import dataclass
 
@@ -28,9 +28,8 @@ class Segment:
     time_slope0: Float[Tensor, " B"] | None = None  # its derivative in u; None: linear
     time_slope1: Float[Tensor, " B"] | None = None
     bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
-    multipliers0: Float[Tensor, "B K"] | None = (
-        None  # of kinks, None for rules that do not select them
-    )
+    # of kinks, None for rules that do not select them
+    multipliers0: Float[Tensor, "B K"] | None = None
     multipliers1: Float[Tensor, "B K"] | None = None
 
     def at(
@@ -41,12 +40,12 @@ class Segment:
         Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of
         fifth for weights with a ``bend``); time with log dt/du the cubic of its ends; the other
         readings linear."""
-        part = u.to(self.w0)[:, None]
-        inner = hermite(part, self.w0, self.w1, self.slope0, self.slope1)
+        column = u.to(self.w0)[:, None]
+        w = hermite(column, self.w0, self.w1, self.slope0, self.slope1)
         if self.bend is not None:
-            inner = inner + 16 * (part * (1 - part)) ** 2 * self.bend
-        w = torch.where(part <= 0, self.w0, torch.where(part >= 1, self.w1, inner))
-        return w, {name: self.reading(name, u) for name in self.readings0}
+            w = w + 16 * (column * (1 - column)) ** 2 * self.bend
+        readings = {name: self.reading(name, u) for name in self.readings0}
+        return _with_ends(column, self.w0, w, self.w1), readings
 
     def multipliers(self, u: Float[Tensor, " B"]) -> Float[Tensor, "B K"] | None:
         """Multipliers of kinks inside the step; exact at both ends.
@@ -56,44 +55,52 @@ class Segment:
         a, b = self.multipliers0, self.multipliers1
         if a is None or b is None:
             return None
-        part = u.to(a)[:, None]
-        inner = torch.where((a - b).abs() == 1, torch.nan, a + part * (b - a))
-        return torch.where(part <= 0, a, torch.where(part >= 1, b, inner))
+        column = u.to(a)[:, None]
+        crosses = (a - b).abs() == 1
+        inner = torch.where(crosses, torch.nan, a + column * (b - a))
+        return _with_ends(column, a, inner, b)
 
     def reading(self, name: str, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """A reading inside the step; exact at both ends."""
         a, b = self.readings0[name], self.readings1[name]
         if name == "lam":
             inner = hermite(u, a, b, self.lam_slope0, self.lam_slope1)
         elif name == "dissipated":
             # it rises with Λ, and the energy defect, their difference, evenly over the step
-            defect = (b - a) - (self.readings1["lam"] - self.readings0["lam"])
-            inner = a + u * defect + (self.reading("lam", u) - self.readings0["lam"])
+            start = self.readings0["lam"]
+            defect = (b - a) - (self.readings1["lam"] - start)
+            inner = a + u * defect + (self.reading("lam", u) - start)
         elif name == "log_time":
             inner = self._log_time(u)
         else:
             inner = a + u * (b - a)
-        return torch.where(u <= 0, a, torch.where(u >= 1, b, inner))
+        return _with_ends(u, a, inner, b)
 
-    def _log_time(self, u: Tensor) -> Tensor:
+    def _log_time(self, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """log t, with the time spent in the step scaled to end at the recorded reading."""
         a, b = self.readings0["log_time"], self.readings1["log_time"]
-        gap = self.time_rate1 - self.time_rate0
-        slope0 = gap if self.time_slope0 is None else self.time_slope0
-        slope1 = gap if self.time_slope1 is None else self.time_slope1
-        part = log_elapsed(self.time_rate0, self.time_rate1, slope0, slope1, u)
-        whole = log_elapsed(self.time_rate0, self.time_rate1, slope0, slope1)
-        step = b + torch.log(
-            -torch.expm1(torch.minimum(a - b, torch.zeros_like(a)))
-        )  # log(t1 − t0)
-        return torch.logaddexp(a, part - whole + step)
+        rates = self.time_rate0, self.time_rate1
+        linear = rates[1] - rates[0]
+        slope0 = linear if self.time_slope0 is None else self.time_slope0
+        slope1 = linear if self.time_slope1 is None else self.time_slope1
+        whole = log_elapsed(*rates, slope0, slope1)
+        so_far = log_elapsed(*rates, slope0, slope1, u)
+        recorded = b + torch.log(-torch.expm1((a - b).clamp_max(0)))  # log(t1 − t0)
+        return torch.logaddexp(a, so_far - whole + recorded)
 
     def locate(self, target: Target) -> Float[Tensor, " B"]:
         """The first u, to rounding, at which the clock shows the target's value; 1 where the end is
         the first."""
-        low, high = torch.zeros_like(target.value), torch.ones_like(target.value)
-        name = target.clock.reading
+        name, value = target.clock.reading, target.value
+        low, high = torch.zeros_like(value), torch.ones_like(value)
         for _ in range(52):
             middle = 0.5 * (low + high)
-            reached = self.reading(name, middle) >= target.value
-            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-        return torch.where(self.readings0[name] >= target.value, torch.zeros_like(high), high)
+            reached = self.reading(name, middle) >= value
+            low = torch.where(reached, low, middle)
+            high = torch.where(reached, middle, high)
+        return torch.where(self.readings0[name] >= value, 0.0, high)
+
+
+def _with_ends(u: Tensor, start: Tensor, inner: Tensor, end: Tensor) -> Tensor:
+    """What is interpolated inside a step, with the ends themselves at u = 0 and 1."""
+    return torch.where(u <= 0, start, torch.where(u >= 1, end, inner))

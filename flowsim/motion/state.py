@@ -1,35 +1,54 @@
-"""Where trajectories are: State, why they stop: Status, and the one seam between rules and
-everything else: Rule."""
+"""Where trajectories are: State, and why they stop: Status."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from html import escape
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowsim.motion.segment import Segment
 from flowsim.problems.objective import Objective
 
+# --------------------------------------------------------------------------------------------------
+# Why trajectories stop
+# --------------------------------------------------------------------------------------------------
+
 
 class Status(IntEnum):
-    """Why a trajectory is where it is. ``status.sentence`` is what the user reads."""
+    """Why a trajectory is where it is: a code, as saved, and ``sentence``, what the user reads."""
 
-    RUNNING = 0
-    DONE = 1
-    MAX_STEPS = 2
-    INTERRUPTED = 3
-    STEP_TOO_SMALL = 4
-    NONFINITE = 5
-    STATIONARY = 6
-    PRECISION_FLOOR = 7
-    EVENT = 8
+    sentence: str
 
-    @property
-    def sentence(self) -> str:
-        return _SENTENCES[self]
+    def __new__(cls, code: int, sentence: str = "") -> "Status":
+        status = int.__new__(cls, code)
+        status._value_ = code
+        status.sentence = sentence
+        return status
+
+    RUNNING = 0, "still running"
+    DONE = 1, "reached the end that was asked for"
+    MAX_STEPS = (
+        2,
+        "stopped at max_steps before the end that was asked for; raise max_steps to go on",
+    )
+    INTERRUPTED = 3, "interrupted; simulate from the final state to go on"
+    STEP_TOO_SMALL = (
+        4,
+        "the step size fell below the resolution of the number format: the field is discontinuous "
+        "or too stiff here for this method",
+    )
+    NONFINITE = 5, "the next step gives NaN or infinite numbers; the state is the last finite one"
+    STATIONARY = 6, "the gradient is exactly zero, so nothing moves"
+    PRECISION_FLOOR = (
+        7,
+        "the step no longer changes the weights, or their level, in this number format",
+    )
+    EVENT = 8, "stopped at an event that was asked for"
 
     @property
     def resumable(self) -> bool:
@@ -37,31 +56,16 @@ class Status(IntEnum):
         return self <= Status.INTERRUPTED or self is Status.EVENT
 
 
-_SENTENCES = {
-    Status.RUNNING: "still running",
-    Status.DONE: "reached the end that was asked for",
-    Status.MAX_STEPS: "stopped at max_steps before the end that was asked for; raise max_steps to go on",
-    Status.INTERRUPTED: "interrupted; simulate from the final state to go on",
-    Status.STEP_TOO_SMALL: "the step size fell below the resolution of the number format: the field is "
-    "discontinuous or too stiff here for this method",
-    Status.NONFINITE: "the next step gives NaN or infinite numbers; the state is the last finite one",
-    Status.STATIONARY: "the gradient is exactly zero, so nothing moves",
-    Status.PRECISION_FLOOR: "the step no longer changes the weights, or their level, in this number format",
-    Status.EVENT: "stopped at an event that was asked for",
-}
-
+# --------------------------------------------------------------------------------------------------
+# Where trajectories are
+# --------------------------------------------------------------------------------------------------
 
 READINGS = ("steps", "lam", "log_time", "arclength", "relative", "dissipated")
-
-
 """The readings of every State: natural steps taken, the level Λ, log of flow time t, arclength
 ∫‖dw‖ and relative arclength ∫‖dw‖/‖w‖ in the rule's own norm, and ∫‖∇Λ‖_* ds, the rise of Λ along
 an exact steepest flow."""
 
-
 TALLIES = ("gradients", "accepted", "rejected")
-
-
 """The tallies of every State: gradient evaluations, accepted and rejected steps."""
 
 
@@ -73,7 +77,15 @@ class State:
     ``w`` weights; ``readings`` by name (`READINGS`); ``tallies`` by name (`TALLIES` and the rule's
     own); ``status`` codes of `Status`; ``step_size`` of adaptive rules; ``memory`` of the rule;
     ``multipliers`` of kinks, None for rules that do not select them; ``segment``, the last natural
-    step, None for rules whose steps are indivisible."""
+    step, None for rules whose steps are indivisible.
+
+    >>> import flowsim as fs
+    >>> toy = fs.Quadratic(torch.eye(2), torch.ones(2))
+    >>> initial_state(toy, torch.zeros(3, 2))
+    State of 3 trajectories, 2 weights each
+      RUNNING: 3
+      lam 0, steps 0
+    """
 
     w: Float[Tensor, "B P"]
     readings: dict[str, Float[Tensor, " B"]]
@@ -85,7 +97,7 @@ class State:
     segment: Segment | None = None
 
     @property
-    def running(self) -> Tensor:
+    def running(self) -> Bool[Tensor, " B"]:
         return self.status == Status.RUNNING
 
     @property
@@ -95,7 +107,7 @@ class State:
 
     @property
     def statuses(self) -> list[Status]:
-        return [Status(int(code)) for code in self.status]
+        return [Status(code) for code in self.status.tolist()]
 
     def select(self, rows: Tensor) -> "State":
         """The state of these trajectories."""
@@ -105,20 +117,22 @@ class State:
         """This state with ``part`` in the place of these trajectories."""
         return tree_map(lambda whole, new: whole.index_copy(0, rows, new), self, part)
 
-    def where(self, mask: Tensor, other: "State") -> "State":
+    def where(self, mask: Bool[Tensor, " B"], other: "State") -> "State":
         """This state for the trajectories of ``mask``, ``other`` for the rest."""
-        return tree_map(
-            lambda a, b: torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b), self, other
-        )
 
-    def stopped(self, where: Tensor, status: Status) -> "State":
+        def choose(here: Tensor, there: Tensor) -> Tensor:
+            ones = [1] * (here.ndim - 1)
+            return torch.where(mask.view(-1, *ones), here, there)
+
+        return tree_map(choose, self, other)
+
+    def stopped(self, where: Bool[Tensor, " B"], status: Status) -> "State":
         """This state with running trajectories stopped where asked."""
-        code = torch.full_like(self.status, int(status))
-        return replace(self, status=torch.where(where & self.running, code, self.status))
+        return replace(self, status=self.status.masked_fill(where & self.running, status))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by dotted name, for saving."""
-        return dict(_flatten(self, ""))
+        return {".".join(path): tensor for path, tensor in _leaves(self)}
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> "State":
@@ -134,37 +148,20 @@ class State:
             tree["segment"] = Segment(**tree["segment"])
         return State(**tree)
 
+    def __repr__(self) -> str:
+        B, P = self.w.shape
+        counts = Counter(status.name for status in self.statuses)
+        ended = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        shown = ", ".join(f"{name} {_range(self.readings[name])}" for name in ("lam", "steps"))
+        return f"State of {B} trajectories, {P} weights each\n  {ended}\n  {shown}"
 
-T = TypeVar("T")
-
-
-def tree_map(function: Callable[..., Tensor], first: T, *others: T) -> T:
-    """``function`` applied to every tensor of nested dataclasses and dicts of the same form."""
-    if first is None:
-        return first
-    if isinstance(first, Tensor):
-        return function(first, *others)  # type: ignore[return-value]
-    if isinstance(first, dict):
-        return {k: tree_map(function, v, *(o[k] for o in others)) for k, v in first.items()}  # type: ignore
-    assert is_dataclass(first)
-    mapped = {
-        f.name: tree_map(function, *(getattr(o, f.name) for o in (first, *others)))
-        for f in fields(first)
-    }
-    return replace(first, **mapped)  # type: ignore[type-var]
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
-def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(node, Tensor):
-        yield prefix, node
-    elif node is not None:
-        items = (
-            node.items()
-            if isinstance(node, dict)
-            else ((f.name, getattr(node, f.name)) for f in fields(node))
-        )
-        for name, child in items:
-            yield from _flatten(child, f"{prefix}.{name}" if prefix else name)
+def _range(values: Float[Tensor, " B"]) -> str:
+    low, high = (f"{float(end):.6g}" for end in torch.aminmax(values))
+    return low if low == high else f"{low} … {high}"
 
 
 def initial_state(objective: Objective, w_or_state: Tensor | State) -> State:
@@ -174,22 +171,48 @@ def initial_state(objective: Objective, w_or_state: Tensor | State) -> State:
     if isinstance(w_or_state, State):
         state = w_or_state
         objective.check_weights(state.w)
-        resumed = torch.tensor(
-            [Status(int(s)).resumable for s in state.status], device=state.w.device
-        )
-        return replace(
-            state, status=torch.where(resumed, torch.zeros_like(state.status), state.status)
-        )
+        status = [0 if status.resumable else int(status) for status in state.statuses]
+        return replace(state, status=state.status.new_tensor(status))
     objective.check_weights(w_or_state)
     w = w_or_state.detach().clone()
-    zero = torch.zeros(w.shape[0], dtype=torch.float64, device=w.device)
-    readings = {name: zero - torch.inf if name == "log_time" else zero.clone() for name in READINGS}
-    tallies = {name: zero.clone() for name in TALLIES}
+    zero = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+    readings = {name: zero.clone() for name in READINGS}
     return State(
         w,
-        readings,
-        tallies,
+        readings | {"log_time": zero - torch.inf},
+        tallies={name: zero.clone() for name in TALLIES},
         status=zero.long(),
-        step_size=torch.full_like(zero, torch.nan),
+        step_size=zero + torch.nan,
         memory={},
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# Nested dataclasses and dicts of tensors
+# --------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def tree_map(function: Callable[..., Tensor], first: T, *others: T) -> T:
+    """``function`` applied to every tensor of nested dataclasses and dicts of the same form."""
+    trees: tuple[Any, ...] = (first, *others)
+    if first is None:
+        return first
+    if isinstance(first, Tensor):
+        return function(*trees)  # type: ignore[return-value]
+    parts = [_children(tree) for tree in trees]
+    mapped = {name: tree_map(function, *(part[name] for part in parts)) for name in parts[0]}
+    return mapped if isinstance(first, dict) else replace(trees[0], **mapped)  # type: ignore
+
+
+def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif tree is not None:
+        for name, child in _children(tree).items():
+            yield from _leaves(child, *path, name)
+
+
+def _children(tree: Any) -> dict[str, Any]:
+    return tree if isinstance(tree, dict) else vars(tree)

@@ -1,4 +1,5 @@
-"""TODO."""
+"""Integrals of e^r where r may be huge, of which only logarithms are formed, and the cubic through
+both ends of a step."""
 
 import numpy as np
 import torch
@@ -24,19 +25,12 @@ def hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
 
 # panels that shrink towards both ends, where a large exponent has its mass, with five
 # Gauss-Legendre nodes in each
-_EDGES = torch.tensor([0.0, *(2.0**-k for k in range(24, 0, -1))], dtype=torch.float64)
-
-
-_EDGES = torch.cat([_EDGES, 1 - _EDGES.flip(0)[1:]])
-
-
-_GAUSS = [torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(5)]
-
-
-_NODES = (_EDGES[:-1, None] + _EDGES.diff()[:, None] * (1 + _GAUSS[0]) / 2).flatten()
-
-
-_LOG_WEIGHTS = torch.log(_EDGES.diff()[:, None] * _GAUSS[1] / 2).flatten()
+_LEFT = torch.tensor([0.0, *(0.5**k for k in range(24, 0, -1))], dtype=torch.float64)
+_EDGES = torch.cat([_LEFT, 1 - _LEFT.flip(0)[1:]])
+_WIDTHS = _EDGES.diff()[:, None]
+_GAUSS, _GAUSS_WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(5))
+_NODES = (_EDGES[:-1, None] + _WIDTHS * (1 + _GAUSS) / 2).flatten()
+_LOG_WEIGHTS = torch.log(_WIDTHS * _GAUSS_WEIGHTS / 2).flatten()
 
 
 def log_elapsed(
@@ -52,5 +46,6 @@ def log_elapsed(
     Good to 1e-6 where r rises by up to 10⁶ within the step."""
     u = torch.ones_like(rate0) if u is None else u
     v = u[:, None] * _NODES.to(u)
-    inner = hermite(v, *(r[:, None] for r in (rate0, rate1, slope0, slope1)))
-    return torch.log(u) + torch.logsumexp(inner + _LOG_WEIGHTS.to(u), -1)
+    ends = (end[:, None] for end in (rate0, rate1, slope0, slope1))
+    rates = hermite(v, *ends)  # (B, nodes)
+    return torch.log(u) + torch.logsumexp(rates + _LOG_WEIGHTS.to(u), -1)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, margin
-from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target
+from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target, at_points
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
@@ -226,7 +226,7 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
         raise ValueError(
             "compare: got runs without a step that all their trajectories take, expected longer ones"
         )
-    return SavePlan(TIME, points[-1], len(points) + 1, until.spread, points)
+    return at_points(TIME, points)
 
 
 def _common_times(run: Trajectory) -> tuple[float, ...]:

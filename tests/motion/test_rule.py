@@ -58,6 +58,18 @@ def test_each_trajectory_takes_natural_steps_until_it_has_reached_its_own_target
     assert problem.asked == [[0, 1], [0]]
 
 
+def test_trajectories_may_share_one_problem():
+    """`select` of an objective without data of its own is the objective itself."""
+
+    def step(problem, state):
+        readings = state.readings | {"lam": state.readings["lam"] + state.w[:, 0]}
+        return replace(state, readings=readings)
+
+    state = replace(start(), w=torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]).double())
+    state = advance_by_steps(step, OBJECTIVE, state, Target(LAM, row(5, 5, 5)), 100)
+    assert state.readings["lam"].tolist() == [5, 6, 6]
+
+
 def test_no_more_steps_are_taken_than_the_budget():
     state = advance_by_steps(step, Rows(torch.arange(3)), start(), Target(LAM, row(5, 5, 5)), 3)
     assert state.readings["steps"].tolist() == [3, 3, 2]
