@@ -12,19 +12,18 @@ vertices of the sets ∂q_i(w); those that matter are found one after the other.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linprog, nnls
 from torch import Tensor
 
+from flowsim.convex.cones import conic_optimum
+from flowsim.convex.games import game, nearest_by_products
+from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
 from flowsim.diagnostics.selected import gaps, selected_pullback, selected_sides
-from flowsim.exact import optima as reference
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
-from flowsim.norms.vector import L1, Linf
 from flowsim.problems.problem import Problem
 
 
@@ -171,8 +170,11 @@ class _Gradients:
 def _game(sets: _Gradients, norm: Norm, tol: float, rounds: int) -> tuple[np.ndarray, float, float]:
     if norm.quadratic:
         return _by_vertices(sets, norm, tol, rounds)
-    u, p, force = (_linear_program if isinstance(norm, L1 | Linf) else _cone_program)(sets, norm)
+    best = (linear_optimum if is_linear(norm) else conic_optimum)(_programme(sets), norm)
+    u, multipliers = (torch.from_numpy(a).to(sets.base) for a in (best.u, best.multipliers))
+    p, taken = multipliers.tensor_split([len(sets.D)])
     p = p.clamp_min(0) / p.clamp_min(0).sum()
+    force = torch.zeros_like(sets.D).masked_scatter(sets.free, taken)
     D = (force / torch.where(p > 0, p, torch.inf)[:, None]).clamp(0, 1)
     attained = norm.dual(p @ sets.at(torch.where(sets.free, D, sets.D)))
     return p.cpu().numpy(), float(attained), sets.value(u, norm)
@@ -184,7 +186,7 @@ def _by_vertices(
     """The hull of few gradients, to which those are added that its answer w has overlooked."""
     rows, owner, bound = sets.at(sets.D), torch.arange(len(sets.D)), 0.0
     for _ in range(rounds):
-        found = reference.game(rows.double().cpu().numpy(), norm, _hull)
+        found = game(rows.double().cpu().numpy(), norm, nearest_by_products)
         p = np.bincount(owner.numpy(), found.p, len(sets.D))
         u = torch.from_numpy(found.w).to(rows)
         bound = max(bound, sets.value(u, norm))
@@ -199,18 +201,6 @@ def _by_vertices(
     return p, found.bound, bound
 
 
-def _hull(
-    rows: np.ndarray, target: np.ndarray, norm: Norm, equal: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `reference.nearest_point`, by inner products of rows instead of a P × P matrix."""
-    at = torch.from_numpy(rows)
-    raised = (norm.dual(at)[:, None] * norm.steepest(at)).numpy()
-    values, basis = np.linalg.eigh(rows @ raised.T)
-    system = np.vstack([np.sqrt(np.maximum(values, 0))[:, None] * basis.T, target])
-    p = nnls(system, np.append(np.zeros(len(rows)), 1.0))[0]
-    return p @ raised, p
-
-
 def _lifted(sets: _Gradients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows b_i with D = 0, normals jump_ij n_ij of the free kinks, and the margin that each kink
     belongs to."""
@@ -223,63 +213,13 @@ def _lifted(sets: _Gradients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(part.cpu().numpy() for part in (rows, normals, owner))  # type: ignore[return-value]
 
 
-def _linear_program(sets: _Gradients, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """max τ over ‖u‖ ≤ 1 and s ≥ 0 with ⟨b_i, u⟩ − Σ s_ij ≥ τ and s_ij ≥ −⟨jump_ij n_ij, u⟩; u, p
-    and the forces."""
+def _programme(sets: _Gradients) -> BallProgramme:
+    """max τ over ‖u‖ ≤ 1 and s ≥ 0 with ⟨b_i, u⟩ − Σ s_ij ≥ τ and s_ij ≥ −⟨jump_ij n_ij, u⟩."""
     rows, normals, owner = _lifted(sets)
-    scale, (A, P), K = np.abs(rows).max(), rows.shape, len(owner)
+    scale, A, K = np.abs(rows).max(), len(rows), len(owner)
     taken = np.zeros((A, K))
     taken[owner, np.arange(K)] = 1.0
-    sides = np.vstack(
-        [np.hstack([-rows / scale, taken]), np.hstack([-normals / scale, -np.eye(K)])]
-    )
-    if isinstance(norm, L1):  # u is the difference of its parts
-        sides, bounds = (
-            np.hstack([sides[:, :P], -sides[:, :P], sides[:, P:]]),
-            [(0.0, np.inf)] * (2 * P + K),
-        )
-        ball = np.hstack([np.ones(2 * P), np.zeros(K + 1)])[None]
-    else:
-        bounds, ball = [(-1.0, 1.0)] * P + [(0.0, np.inf)] * K, np.zeros((0, P + K + 1))
-    tau = np.append(np.ones(A), np.zeros(K))[:, None]
-    system = np.vstack([np.hstack([sides, tau]), ball])
-    limit = np.append(np.zeros(A + K), np.ones(len(ball)))
-    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    goal = np.append(np.zeros(len(bounds)), -1.0)
-    found = linprog(
-        goal, system, limit, bounds=[*bounds, (-np.inf, np.inf)], method="highs", options=tight
-    )
-    if found.x is None:
-        raise RuntimeError(f"HiGHS failed on {A} gradients with {K} kinks: {found.message}")
-    u = found.x[:P] - found.x[P : 2 * P] if isinstance(norm, L1) else found.x[:P]
-    marginals = -found.ineqlin.marginals
-    return _back(sets, u, marginals[:A], marginals[A : A + K])
-
-
-def _cone_program(sets: _Gradients, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for any norm that `reference.ball` can write down."""
-    cp = reference._cvxpy()
-    rows, normals, owner = _lifted(sets)
-    scale, K = np.abs(rows).max(), len(owner)
-    u, tau, s = cp.Variable(rows.shape[1]), cp.Variable(), cp.Variable(max(K, 1), nonneg=True)
-    taken = np.zeros((len(rows), max(K, 1)))
-    taken[owner, np.arange(K)] = 1.0
-    reached = (rows / scale) @ u - taken @ s >= tau
-    held: Any = s[:K] + (normals / scale) @ u >= 0 if K else None
-    limits = [reached, reference.norm_expression(norm, u) <= 1, *([held] if K else [])]
-    program = cp.Problem(cp.Maximize(tau), limits)
-    program.solve(solver="CLARABEL")
-    if program.status not in ("optimal", "optimal_inaccurate"):
-        raise RuntimeError(
-            f"Clarabel failed on {len(rows)} gradients with {K} kinks: {program.status}"
-        )
-    return _back(sets, u.value, reached.dual_value, held.dual_value if K else np.zeros(0))
-
-
-def _back(
-    sets: _Gradients, u: np.ndarray, p: np.ndarray, force: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
-    spread = torch.zeros_like(sets.D).masked_scatter(
-        sets.free, torch.from_numpy(np.asarray(force)).to(sets.D)
-    )
-    return torch.from_numpy(u).to(sets.base), torch.from_numpy(p).to(sets.base), spread
+    margins = np.hstack([-rows / scale, taken, np.ones((A, 1))])
+    kinks = np.hstack([-normals / scale, -np.eye(K), np.zeros((K, 1))])
+    goal = np.append(np.zeros(margins.shape[1] - 1), 1.0)
+    return BallProgramme(goal, np.vstack([margins, kinks]), np.append(np.zeros(K), -np.inf))

@@ -20,14 +20,13 @@ The constrained problem that weight decay solves.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.convex.cones import ekeland_point
 from flowsim.diagnostics.margins import Observer
 from flowsim.diagnostics.selected import ascent, shares
-from flowsim.exact import optima as reference
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.polars import polar
@@ -229,20 +228,8 @@ def _saturated(w: Tensor, force: Tensor, radius: Tensor) -> tuple[Tensor, Tensor
 def _cone_nearby(norm: Norm, w: Tensor, force: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Ekeland's point, min ½‖v‖² − ⟨Γ, v⟩ + √D‖v − w‖, by a cone programme; k' are the multipliers
     of x = v."""
-    cp = reference._cvxpy()
     size = float(norm.value(w))
-    at, pull = (w / size).double().cpu().numpy(), (force / size).double().cpu().numpy()
-    x, v = cp.Variable(len(at)), cp.Variable(len(at))
-    same = x == v
-    away = float(radius) / size * reference.norm_expression(norm, v - at)
-    program = cp.Problem(
-        cp.Minimize(0.5 * cp.square(reference.norm_expression(norm, x)) - pull @ v + away), [same]
-    )
-    program.solve(solver="CLARABEL")
-    if program.status not in ("optimal", "optimal_inaccurate"):
-        raise RuntimeError(
-            f"Clarabel failed to find a nearby KKT pair in the norm {norm.name!r}: {program.status}"
-        )
-    return size * torch.from_numpy(np.asarray(x.value)).to(w), -size * torch.from_numpy(
-        same.dual_value
-    ).to(w)
+    at, pull = ((a / size).double().cpu().numpy() for a in (w, force))
+    near = ekeland_point(norm, at, pull, float(radius) / size)
+    x, k = (size * torch.from_numpy(a).to(w) for a in near)
+    return x, k

@@ -6,48 +6,6 @@ they agree between figures. Pictures of a single run are in `portraits`, those o
 beside a flow in `beside`. Nothing here sets global state or shows a window; `save` writes vector
 and pixel files and the data of the figure."""
 
-from flowsim.plots.axes import bands, style
-from flowsim.plots.beside import apart, comparison, order
-from flowsim.plots.beside import beside_flow as compare
-from flowsim.plots.figures import alignment_curves as alignment
-from flowsim.plots.figures import (
-    certificate,
-    gap,
-    loss,
-    margins,
-    norms,
-    overview,
-    save,
-    trust,
-)
-from flowsim.plots.figures import energy_curves as energy
-from flowsim.plots.portraits import kkt_residuals as kkt
-from flowsim.plots.portraits import multiplier_paths as multipliers
-from flowsim.plots.portraits import neurons, residuals
-from flowsim.run.summary import crossing, position, separation
+from flowsim.lazy import attach
 
-__all__ = [
-    "alignment",
-    "apart",
-    "bands",
-    "certificate",
-    "compare",
-    "comparison",
-    "crossing",
-    "energy",
-    "gap",
-    "kkt",
-    "loss",
-    "margins",
-    "multipliers",
-    "neurons",
-    "norms",
-    "order",
-    "overview",
-    "position",
-    "residuals",
-    "save",
-    "separation",
-    "style",
-    "trust",
-]
+__getattr__, __dir__, __all__ = attach(__name__)

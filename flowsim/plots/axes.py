@@ -4,43 +4,40 @@ decades."""
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy import ndarray as Array
 
 from flowsim.run.summary import crossing, position, separation
 from flowsim.run.trajectory import Trajectory
 
 Runs: TypeAlias = Trajectory | Mapping[str, Trajectory]
-
+Style: TypeAlias = dict[str, Any]
+Thing = TypeVar("Thing")
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2, 2, 2)))
 
-
-AXES = {
+CLOCKS = {
     "log_time": "flow time $t$",
     "lam": r"level $\Lambda = \log(1/\mathcal{L})$",
     "steps": "steps",
     "arclength": "arclength $s$ in the rule's norm",
     "relative": r"relative arclength $\sigma = \int \|dw\|/\|w\|$",
+    "time": r"flow time $t$, for discrete rules $\eta k$",
 }
-
 
 NORMS = {"l1": r"\|w\|_1", "l2": r"\|w\|_2", "linf": r"\|w\|_\infty"}
 
-
-TICKS = [
-    0.0,
-    *(sign * p for sign in (-1, 1) for k in range(6) for p in (3 * 10.0**k, 10.0 ** (k + 1))),
-]
-
+BAND: Style = {"alpha": 0.18, "linewidth": 0}
+MOMENT: Style = {"markersize": 4, "markeredgecolor": "white", "zorder": 3}
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -72,90 +69,108 @@ def style() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------
 
 
-def require(against: str) -> None:
-    if against not in AXES:
-        raise ValueError(f"plots: got against={against!r}, expected one of {', '.join(AXES)}")
-
-
-def fresh_axes() -> Axes:
-    return plt.subplots(layout="constrained")[1]
-
-
-def named(runs: Runs) -> Mapping[str, Trajectory]:
-    return {runs.label: runs} if isinstance(runs, Trajectory) else runs
-
-
-def look(index: int) -> dict[str, Any]:
-    colours = mpl.color_sequences["petroff10"]
-    return {"color": colours[index % len(colours)], "linestyle": DASHES[index % len(DASHES)]}
-
-
 def curves(
     runs: Runs,
-    value: str | Callable[[Trajectory], np.ndarray],
+    value: Callable[[Trajectory], Array],
     against: str,
     ax: Axes | None,
     *,
     marks: bool = True,
 ) -> Axes:
-    """A curve of each run: the values of a name, or a function of the run that gives them ``(K,
-    B)``."""
-    require(against)
-    ax = ax or fresh_axes()
-    for index, (label, run) in enumerate(named(runs).items()):
-        style = look(index)
-        x, low, middle, high = bands(
-            position(run, against), run[value] if isinstance(value, str) else value(run)
-        )
-        ax.plot(x, middle, label=mathtext(label), **style)
-        if len(run) > 1:
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        for marker, moment in (
-            (("o", separation(run, against)), ("^", crossing(run, against))) if marks else ()
-        ):
-            if np.isfinite(moment):
+    """A curve of each run over a clock, of the values ``(K, B)`` that a function gives, on a
+    logarithmic axis. With ``marks``, a circle where the run separated and a triangle at its t₀."""
+    ax = along(against, ax)
+    for label, run, look in dressed(labelled(runs)):
+        x, middle = draw(ax, position(run, against), value(run), look, label)
+        moments = {"o": separation(run, against), "^": crossing(run, against)}
+        for marker, moment in moments.items():
+            if marks and np.isfinite(moment):
                 height = np.interp(moment, x, middle)
-                mark = {
-                    "color": style["color"],
-                    "markersize": 4,
-                    "markeredgecolor": "white",
-                    "zorder": 3,
-                }
-                ax.plot(moment, height, marker, **mark)
-    along(ax, against)
+                ax.plot(moment, height, marker, color=look["color"], **MOMENT)
+    ax.set_yscale("log", nonpositive="mask")
     return ax
 
 
-def along(ax: Axes, against: str) -> None:
-    """The horizontal axis of a clock."""
-    if against == "log_time":
-        wide(ax, "x", power_of_ten)
-    elif against == "lam":
-        wide(ax, "x", plain)
-    elif against == "steps":
-        ax.set_xscale("log")
-    ax.set_xlabel(AXES[against])
+def draw(ax: Axes, x: Array, y: Array, look: Style, label: str) -> tuple[Array, Array]:
+    """The median over trajectories of y(x), both ``(K, B)``, with its band; its points are
+    returned."""
+    grid, low, middle, high = bands(x, y)
+    ax.plot(grid, middle, label=mathtext(label), **look)
+    if x.shape[1] > 1:
+        ax.fill_between(grid, low, high, color=look["color"], **BAND)
+    return grid, middle
 
 
-def bands(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def bands(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
     """Grid, 10th percentile, median and 90th percentile over trajectories of y(x), both ``(K, B)``.
 
     Trajectories pass their save points at different x, so each is first read at the median
     positions; the result covers the x that all trajectories which go on to the end of the curve
     have reached."""
-    finite = np.isfinite(x) & np.isfinite(y)
-    usable = finite.all(1)
-    if not usable.any():
-        nothing = np.full(1, np.nan)
-        return nothing, nothing, nothing, nothing
-    grid = np.sort(np.median(x[usable], axis=1))
-    read = []
-    for b in range(x.shape[1]):
-        order = np.argsort(x[finite[:, b], b], kind="stable")
-        xs, ys = x[finite[:, b], b][order], y[finite[:, b], b][order]
-        read.append(np.interp(grid, xs, ys))
+    known = np.isfinite(x) & np.isfinite(y)
+    reached = known.all(1)
+    if not reached.any():
+        return (np.full(1, np.nan),) * 4
+    grid = np.sort(np.median(x[reached], axis=1))
+    columns = [(x[rows, b], y[rows, b]) for b, rows in enumerate(known.T)]
+    orders = [np.argsort(xs, kind="stable") for xs, _ in columns]
+    read = [np.interp(grid, xs[o], ys[o]) for (xs, ys), o in zip(columns, orders, strict=True)]
     low, middle, high = np.quantile(np.array(read), [0.1, 0.5, 0.9], axis=0)
     return grid, low, middle, high
+
+
+# --------------------------------------------------------------------------------------------------
+# Looks and words
+# --------------------------------------------------------------------------------------------------
+
+
+def labelled(runs: Runs) -> Mapping[str, Trajectory]:
+    return {runs.label: runs} if isinstance(runs, Trajectory) else runs
+
+
+def look(index: int) -> Style:
+    """Colour and dashes of the curve at a place in the order."""
+    colours = mpl.color_sequences["petroff10"]
+    return {"color": colours[index % len(colours)], "linestyle": DASHES[index % len(DASHES)]}
+
+
+def dressed(things: Mapping[str, Thing]) -> Iterator[tuple[str, Thing, Style]]:
+    """Each label and its thing, with the look of its place."""
+    for index, (label, thing) in enumerate(things.items()):
+        yield label, thing, look(index)
+
+
+def mathtext(label: str) -> str:
+    """A plain label as matplotlib sets it: ℓ2 becomes ℓ with a subscript."""
+    label = label.replace("ΔΛ", r"$\Delta\Lambda$").replace("ℓ∞", r"$\ell_{\infty}$")
+    return re.sub(r"ℓ([\d.]*\d)", r"$\\ell_{\1}$", label)
+
+
+def norm_symbol(norm: str) -> str:
+    """The norm of the weights by its column name, in math mode."""
+    return NORMS.get(norm, r"\|w\|")
+
+
+def degree(runs: Runs) -> str:
+    """The exponent that normalises a margin: a number if all runs have it in common."""
+    objectives = [run.provenance.get("objective", {}) for run in labelled(runs).values()]
+    first, *others = {objective.get("degree") for objective in objectives}
+    return "L" if others or first is None else f"{first:g}"
+
+
+def legend_below(figure: Figure | SubFigure, runs: Runs) -> None:
+    """The legend of a whole figure: its curves, and what marks and bands mean."""
+    grey: Style = {"color": "0.4", "linestyle": "none", "markersize": 4}
+    handles = [
+        *(
+            Line2D([], [], label=mathtext(name), **look)
+            for name, _, look in dressed(labelled(runs))
+        ),
+        Line2D([], [], marker="o", label="training accuracy 1", **grey),
+        Line2D([], [], marker="^", label=r"$t_0$: first $\Lambda > 0$", **grey),
+        Patch(color="0.4", label="10th to 90th percentile over seeds", **BAND),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,45 +178,38 @@ def bands(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 # --------------------------------------------------------------------------------------------------
 
 
-def wide(ax: Axes, which: str, words: Callable[[float], str]) -> None:
+def along(against: str, ax: Axes | None = None) -> Axes:
+    """The Axes that was given, or a new one, with a clock along its horizontal axis."""
+    if against not in CLOCKS:
+        raise ValueError(f"plots: got against={against!r}, expected one of {', '.join(CLOCKS)}")
+    ax = ax or new_axes()
+    if against == "log_time":
+        wide(ax, "x", power_of_ten)
+    elif against == "lam":
+        wide(ax, "x", whole)
+    elif against == "steps":
+        ax.set_xscale("log")
+    ax.set_xlabel(CLOCKS[against])
+    return ax
+
+
+def new_axes() -> Axes:
+    return plt.subplots(layout="constrained")[1]
+
+
+def wide(ax: Axes, which: str, words: Callable[[float, Any], str]) -> None:
     """An axis that is linear near 0 and logarithmic far out, on both sides."""
-    set_scale, axis = (ax.set_xscale, ax.xaxis) if which == "x" else (ax.set_yscale, ax.yaxis)
-    set_scale("asinh", linear_width=3)
-    axis.set_major_locator(FixedLocator(TICKS))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    far = [place * 10.0**decade for decade in range(6) for place in (3, 10)]
+    axis = getattr(ax, f"{which}axis")
+    getattr(ax, f"set_{which}scale")("asinh", linear_width=3)
+    axis.set_major_locator(FixedLocator([0.0, *far, *(-place for place in far)]))
+    axis.set_major_formatter(words)
     axis.set_minor_locator(NullLocator())
 
 
-def power_of_ten(exponent: float) -> str:
+def power_of_ten(exponent: float, _: Any = None) -> str:
     return f"$10^{{{exponent:.0f}}}$"
 
 
-def plain(value: float) -> str:
+def whole(value: float, _: Any = None) -> str:
     return f"{value:,.0f}".replace(",", "\u2009")
-
-
-def degree(runs: Runs) -> str:
-    degrees = {run.provenance.get("objective", {}).get("degree") for run in named(runs).values()}
-    return f"{degrees.pop():g}" if len(degrees) == 1 and None not in degrees else "L"
-
-
-def legend(runs: Runs) -> list[Artist]:
-    return [Line2D([], [], label=mathtext(label), **look(i)) for i, label in enumerate(named(runs))]
-
-
-def key() -> list[Artist]:
-    """What marks and bands mean."""
-    grey: dict[str, Any] = {"color": "0.4", "linestyle": "none", "markersize": 4}
-    return [
-        Line2D([], [], marker="o", label="training accuracy 1", **grey),
-        Line2D([], [], marker="^", label=r"$t_0$: first $\Lambda > 0$", **grey),
-        Patch(color="0.4", alpha=0.18, linewidth=0, label="10th to 90th percentile over seeds"),
-    ]
-
-
-def mathtext(label: str) -> str:
-    """A plain label as matplotlib sets it: ℓ2 becomes ℓ with a subscript."""
-    label = re.sub(
-        r"ℓ(∞|[\d.]*\d)", lambda m: rf"$\ell_{{{m[1].replace('∞', chr(92) + 'infty')}}}$", label
-    )
-    return label.replace("ΔΛ", r"$\Delta\Lambda$")

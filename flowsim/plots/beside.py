@@ -3,7 +3,6 @@ at which order they approach it."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,22 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flowsim.plots.axes import (
-    AXES,
+    BAND,
+    CLOCKS,
+    Style,
     along,
     bands,
-    fresh_axes,
+    draw,
     look,
     mathtext,
-    require,
+    new_axes,
     style,
 )
 from flowsim.run.summary import position
-from flowsim.run.trajectory import Trajectory
 from flowsim.study.comparison import Comparison
 from flowsim.study.order import OrderStudy
 
 _MARKERS = "osD^vPX*"
-
+_FLOW: Style = {"color": "k", "linewidth": 1.0, "zorder": 1}
+_POINTS: Style = {"markersize": 4, "linestyle": "none", "fillstyle": "none", "zorder": 2}
 
 _PLACES = {
     "log_time": "at equal $t$",
@@ -34,7 +35,6 @@ _PLACES = {
     "arclength": "at equal $s$",
     "nearest": "from the nearest point",
 }
-
 
 _DISTANCES = {
     "weights": r"$\|w - v\|_2/\|v\|_2$",
@@ -50,15 +50,12 @@ def beside_flow(
 
     ``against`` is a clock, or "time" for t on a linear axis, where markers of a run with learning
     rate η are at x = ηk."""
-    ax = _axes(against, ax)
-    grid, low, middle, high = bands(_position(found.flow, against), found.flow[what])
-    ax.plot(grid, middle, color="k", linewidth=1.0, label=mathtext(found.flow.label), zorder=1)
-    if len(found.flow) > 1:
-        ax.fill_between(grid, low, high, color="k", alpha=0.12, linewidth=0)
+    ax = along(against, ax)
+    draw(ax, position(found.flow, against), found.flow[what], _FLOW, found.flow.label)
     for index, (label, run) in enumerate(found.runs.items()):
-        grid, _, middle, _ = bands(_position(run, against), run[what])
-        ax.plot(grid, middle, **_marks(index), label=mathtext(label))
-    ax.set_ylabel(AXES.get(what, _words(what)))
+        grid, _, middle, _ = bands(position(run, against), run[what])
+        ax.plot(grid, middle, label=mathtext(label), **_marked(index) | _POINTS)
+    ax.set_ylabel(CLOCKS.get(what, _words(what)))
     return ax
 
 
@@ -72,16 +69,13 @@ def apart(
 ) -> Axes:
     """The distance of discrete runs from the flow, in absolute value, along a clock of theirs;
     medians over seeds."""
-    ax = _axes(against, ax)
+    ax = along(against, ax)
     for index, (label, run) in enumerate(found.runs.items()):
-        far = np.abs(found[label, what, at])
-        grid, low, middle, high = bands(_position(run, against), np.where(far > 0, far, np.nan))
-        line = _line(index)
-        ax.plot(grid, middle, **line, label=mathtext(label))
-        if len(run) > 1:
-            ax.fill_between(grid, low, high, color=line["color"], alpha=0.18, linewidth=0)
+        distance = np.abs(found[label, what, at])
+        seen = np.where(distance > 0, distance, np.nan)
+        draw(ax, position(run, against), seen, _marked(index), label)
     ax.set_yscale("log", nonpositive="mask")
-    ax.set_ylabel(f"{_DISTANCES.get(what, 'gap in ' + _words(what))} {_PLACES[at]}")
+    ax.set_ylabel(_distance(what, at))
     return ax
 
 
@@ -91,10 +85,11 @@ def comparison(found: Comparison, *, against: str | None = None) -> Figure:
 
     ``against`` is for the panels on the left: by default "time", or "log_time" for runs beyond t =
     1000."""
-    if against is None:
-        against = "log_time" if np.nanmax(found.flow["log_time"]) > np.log(1000) else "time"
-    margins = [name for name in found.flow.names if name.startswith("margin_")]
-    own = f"margin_{found.flow.provenance.get('norm')}"
+    flow = found.flow
+    long = np.nanmax(flow["log_time"]) > np.log(1000)
+    against = against or ("log_time" if long else "time")
+    margins = [name for name in flow.names if name.startswith("margin_")]
+    own = f"margin_{flow.provenance.get('norm')}"
     value = own if own in margins else next(iter(margins), "arclength")
     with style():
         fig, axes = plt.subplots(2, 2, figsize=(6.75, 5.4), layout="constrained")
@@ -102,8 +97,8 @@ def comparison(found: Comparison, *, against: str | None = None) -> Figure:
         beside_flow(found, value, against="lam", ax=axes[0, 1])
         apart(found, "weights", "log_time", against=against, ax=axes[1, 0])
         apart(found, "direction", "lam", against="lam", ax=axes[1, 1])
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        shown = axes[0, 0].get_legend_handles_labels()
+        fig.legend(*shown, loc="outside lower center", ncols=2, frameon=False)
     return fig
 
 
@@ -119,39 +114,34 @@ def order(
 
     Lines are medians over seeds and bands their range; labels have the fitted order.
     """
-    ax = ax or fresh_axes()
+    ax = ax or new_axes()
     named = {"": studies} if isinstance(studies, OrderStudy) else studies
     for index, (label, study) in enumerate(named.items()):
-        far, fitted, line = study.distances(what, at), study.order(what, at), _line(index)
-        far = far[:, np.isfinite(far).all(0)]
-        if far.size == 0:
-            continue
-        words = f"{label}: " if label else ""
-        words += f"{fitted.median:.2f} ({fitted.low:.2f} to {fitted.high:.2f})"
-        ax.plot(study.ladder, np.median(far, 1), **line, label=mathtext(words))
-        ax.fill_between(
-            study.ladder, far.min(1), far.max(1), color=line["color"], alpha=0.12, linewidth=0
-        )
-        guide = np.median(far[-1]) * np.array(study.ladder) / study.ladder[-1]
-        ax.plot(study.ladder, guide, ":", color="0.4", label="slope 1" if index == 0 else None)
+        distances = study.distances(what, at)
+        known = distances[:, np.isfinite(distances).all(0)]
+        if known.size:
+            fitted = study.order(what, at)
+            words = f"{fitted.median:.2f} ({fitted.low:.2f} to {fitted.high:.2f})"
+            look = _marked(index) | {"label": mathtext(f"{label}: {words}" if label else words)}
+            _draw_order(ax, np.array(study.ladder), known, look)
+    ax.lines[-1].set_label("slope 1")
     ax.set(xscale="log", yscale="log", xlabel=r"learning rate $\eta$")
-    ax.set_ylabel(f"largest {_DISTANCES.get(what, 'gap in ' + _words(what))} {_PLACES[at]}")
+    ax.set_ylabel(f"largest {_distance(what, at)}")
     ax.legend(frameon=False)
     return ax
 
 
-def _axes(against: str, ax: Axes | None) -> Axes:
-    ax = ax or fresh_axes()
-    if against == "time":
-        ax.set_xlabel(r"flow time $t = \eta k$")
-    else:
-        require(against)
-        along(ax, against)
-    return ax
+def _draw_order(ax: Axes, rates: np.ndarray, distances: np.ndarray, look: Style) -> None:
+    """Distances ``(rates, B)``: their median, their range, and a line of slope 1 through the
+    last."""
+    middle = np.median(distances, 1)
+    ax.plot(rates, middle, **look)
+    ax.fill_between(rates, distances.min(1), distances.max(1), color=look["color"], **BAND)
+    ax.plot(rates, middle[-1] * rates / rates[-1], ":", color="0.4")
 
 
-def _position(run: Trajectory, against: str) -> np.ndarray:
-    return np.exp(run["log_time"]) if against == "time" else position(run, against)
+def _distance(what: str, at: str) -> str:
+    return f"{_DISTANCES.get(what, 'gap in ' + _words(what))} {_PLACES[at]}"
 
 
 def _words(what: str) -> str:
@@ -159,9 +149,5 @@ def _words(what: str) -> str:
     return mathtext(re.sub(r"\bl(?=\d|∞)", "ℓ", what.replace("_", " ").replace("linf", "l∞")))
 
 
-def _line(index: int) -> dict[str, Any]:
+def _marked(index: int) -> Style:
     return {**look(index), "marker": _MARKERS[index % len(_MARKERS)], "markersize": 3}
-
-
-def _marks(index: int) -> dict[str, Any]:
-    return {**_line(index), "markersize": 4, "linestyle": "none", "fillstyle": "none", "zorder": 2}

@@ -1,45 +1,47 @@
-"""Figures for papers: functions of trajectories that draw on an Axes and return it.
+"""Figures of runs over a clock: margins, losses, norms, alignment, energy, gaps and certificates.
 
-``runs`` is a Trajectory or a mapping from labels to trajectories. A curve is the median over seeds,
-its band the 10th to 90th percentile. Colours and dashes follow the order of the mapping, so that
-they agree between figures. Pictures of a single run are in `portraits`, those of discrete runs
-beside a flow in `beside`. Nothing here sets global state or shows a window; `save` writes vector
-and pixel files and the data of the figure."""
+Each function draws on the Axes that it is given, or on a new one, and returns it; `overview` and
+`trust` make whole figures, and `save` writes them with their data."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from numpy import ndarray as Array
 
 from flowsim.plots.axes import (
-    AXES,
-    NORMS,
     Runs,
-    bands,
+    Style,
+    along,
     curves,
     degree,
-    fresh_axes,
-    key,
-    legend,
+    draw,
+    dressed,
+    labelled,
+    legend_below,
     look,
     mathtext,
-    named,
+    new_axes,
+    norm_symbol,
     power_of_ten,
-    require,
     style,
     wide,
 )
 from flowsim.run.trajectory import Trajectory
 
-_FORMATS: dict[str, dict[str, Any]] = {
+_FORMATS: dict[str, Style] = {
     ".pdf": {"metadata": {"CreationDate": None}},
     ".png": {"dpi": 200},
 }
+
+# --------------------------------------------------------------------------------------------------
+# One value
+# --------------------------------------------------------------------------------------------------
 
 
 def margins(
@@ -55,37 +57,29 @@ def margins(
 
     A circle marks the first time that every training example is classified, a triangle the time t₀
     where Λ > 0."""
-    ax = curves(runs, f"{'soft_' if soft else ''}margin_{norm}", against, ax)
-    ax.set_yscale("log", nonpositive="mask")
-    size = NORMS.get(norm, r"\|w\|")
+    name = f"soft_margin_{norm}" if soft else f"margin_{norm}"
     value = r"\ell^{-1}(\mathcal{L})" if soft else r"\mathrm{min}_i\, q_i"
-    ax.set_ylabel(rf"margin ${value}/{size}^{{{degree(runs)}}}$")
+    ax = curves(runs, lambda run: run[name], against, ax)
+    ax.set_ylabel(rf"margin ${value}/{norm_symbol(norm)}^{{{degree(runs)}}}$")
     return ax
 
 
 def loss(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """Sum loss 𝓛, drawn from its logarithm: 10^(−400) is a point like any other."""
-    ax = curves(runs, lambda run: _log10_loss(run["lam"]), against, ax)
+    ax = curves(runs, lambda run: -run["lam"] / np.log(10), against, ax)
     wide(ax, "y", power_of_ten)
     ax.set_ylabel(r"loss $\mathcal{L}$")
-    start = max(_log10_loss(run["lam"][0]).max() for run in named(runs).values())
-    ax.set_ylim(
-        top=start + 1
-    )  # a diverging run leaves the picture rather than flattening the others
+    start = max(-run["lam"][0].min() / np.log(10) for run in labelled(runs).values())
+    ax.set_ylim(top=start + 1)  # a run that diverges leaves the picture and flattens no other
     return ax
-
-
-def _log10_loss(lam: np.ndarray) -> np.ndarray:
-    return -lam / np.log(10)
 
 
 def norms(
     runs: Runs, norm: str = "l2", *, against: str = "log_time", ax: Axes | None = None
 ) -> Axes:
     """Norm of the weights."""
-    ax = curves(runs, f"norm_{norm}", against, ax)
-    ax.set_yscale("log")
-    ax.set_ylabel(rf"${NORMS.get(norm, '|w|')}$")
+    ax = curves(runs, lambda run: run[f"norm_{norm}"], against, ax)
+    ax.set_ylabel(f"${norm_symbol(norm)}$")
     return ax
 
 
@@ -95,21 +89,19 @@ def alignment_curves(
     """1 − α, the distance of weights and gradient from being aligned: 0 at a KKT point of the
     max-margin problem."""
     ax = curves(runs, lambda run: 1 - run[f"alignment_{norm}"], against, ax)
-    ax.set_yscale("log", nonpositive="mask")
-    ax.set_ylabel(rf"$1 - \langle w, -g\rangle/({NORMS.get(norm, '|w|')}\,\|g\|_*)$")
+    ax.set_ylabel(rf"$1 - \langle w, -g\rangle/({norm_symbol(norm)}\,\|g\|_*)$")
     return ax
 
 
 def energy_curves(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """The energy residual |∫‖h‖_* ds/ΔΛ − 1| from the first save on, as the method has summed it: 0
     along a flow."""
-    ax = curves(runs, _energy, against, ax, marks=False)
-    ax.set_yscale("log", nonpositive="mask")
+    ax = curves(runs, _energy_residual, against, ax, marks=False)
     ax.set_ylabel("energy residual")
     return ax
 
 
-def _energy(run: Trajectory) -> np.ndarray:
+def _energy_residual(run: Trajectory) -> Array:
     risen, spent = (run[name] - run[name][:1] for name in ("lam", "dissipated"))
     return np.abs(spent / np.where(risen > 0, risen, np.nan) - 1)
 
@@ -129,31 +121,45 @@ def gap(
     A dotted line has the given ``slope`` and starts where the first curve is half way; a grey one
     is ``bound``/x, which for ``bound`` = log M and x = s no flow of a linear model from 0 exceeds.
     """
-    require(against)
-    ax = ax or fresh_axes()
-    for index, (label, run) in enumerate(named(runs).items()):
-        x, low, middle, high = bands(run[against], best - run[f"margin_{norm}"])
-        ax.plot(x, middle, label=mathtext(label), **look(index))
-        if len(run) > 1:
-            ax.fill_between(x, low, high, color=look(index)["color"], alpha=0.18, linewidth=0)
-        if index == 0:
-            right = x > 0
-            x, middle = x[right], middle[right]
-    ax.set(xscale="log", yscale="log")
+    ax = along(against, ax)
+    drawn = [
+        draw(ax, run[against], best - run[f"margin_{norm}"], look, label)
+        for label, run, look in dressed(labelled(runs))
+    ]
+    x, first = (values[drawn[0][0] > 0] for values in drawn[0])
     if slope is not None:
-        start = len(x) // 2
-        ax.plot(
-            x[start:],
-            middle[start] * (x[start:] / x[start]) ** slope,
-            ":",
-            color="0.4",
-            label=f"slope ${slope:g}$",
-        )
+        half = len(x) // 2
+        guide = first[half] * (x[half:] / x[half]) ** slope
+        ax.plot(x[half:], guide, ":", color="0.4", label=f"slope ${slope:g}$")
     if bound is not None:
         ax.plot(x, bound / x, "-", color="0.7", label=f"{bound:.3g}/x", zorder=0)
-    ax.set_xlabel(r"logarithm of flow time, $\log t$" if against == "log_time" else AXES[against])
-    ax.set_ylabel(rf"margin gap $\gamma^* - \gamma$, weights in ${NORMS.get(norm, '|w|')}$")
+    ax.set(xscale="log", yscale="log")
+    if against == "log_time":
+        ax.set_xlabel(r"logarithm of flow time, $\log t$")
+    ax.set_ylabel(rf"margin gap $\gamma^* - \gamma$, weights in ${norm_symbol(norm)}$")
     return ax
+
+
+# --------------------------------------------------------------------------------------------------
+# Certificates
+# --------------------------------------------------------------------------------------------------
+
+
+_CERTIFIED = (
+    "energy residual",
+    "largest fall of the soft margin",
+    r"$1 - \alpha$",
+    "rounding of the softmax weights",
+)
+_MARKERS = "os^d"
+_POINTS: Style = {"markersize": 4, "alpha": 0.8}
+_LEGEND: Style = {
+    "loc": "lower center",
+    "bbox_to_anchor": (0.5, 1.0),
+    "ncols": 2,
+    "frameon": False,
+}
+_ZERO = 1e-17
 
 
 def certificate(runs: Runs, *, ax: Axes | None = None) -> Axes:
@@ -163,75 +169,62 @@ def certificate(runs: Runs, *, ax: Axes | None = None) -> Axes:
     All numbers are relative and small where a run can be trusted: the energy residual, the largest
     fall of the soft margin, 1 − α, and what rounding leaves of the softmax weights. Zeros are drawn
     at the left edge."""
-    ax = ax or fresh_axes()
-    rows = list(named(runs).items())
-    for place, (_, run) in enumerate(rows):
+    ax = ax or new_axes()
+    rows = labelled(runs)
+    for row, run in enumerate(rows.values()):
         found = run.certificate
-        numbers = (np.abs(found.energy), found.fall, 1 - found.alignment, 10.0**-found.digits)
-        for index, (value, (marker, label)) in enumerate(
-            zip(numbers, _CERTIFIED.items(), strict=True)
-        ):
-            known = value[np.isfinite(value)]
-            height = np.full(known.shape, len(rows) - 1 - place + 0.12 * (1.5 - index))
-            shown = {
-                "label": label if place == 0 else None,
-                "color": look(index)["color"],
-                "alpha": 0.8,
-            }
-            ax.plot(
-                np.maximum(known, _ZERO), height, marker, markersize=4, linestyle="none", **shown
-            )
-    ax.set_xscale("log")
-    ax.set_xlim(_ZERO / 3, 30)
-    ax.set_yticks(range(len(rows)), [mathtext(label) for label, _ in reversed(rows)])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+        sizes = (np.abs(found.energy), found.fall, 1 - found.alignment, 10.0**-found.digits)
+        for index, size in enumerate(sizes):
+            known = np.maximum(size[np.isfinite(size)], _ZERO)
+            height = np.full_like(known, 0.12 * (1.5 - index) - row)
+            ax.plot(known, height, _MARKERS[index], color=look(index)["color"], **_POINTS)
+    ax.set(xscale="log", xlim=(_ZERO / 3, 30), ylim=(0.4 - len(rows), 0.6))
+    ax.set_yticks(range(1 - len(rows), 1), [mathtext(label) for label in list(rows)[::-1]])
     ax.set_xlabel("relative size; 0 at the left edge")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    ax.legend(ax.lines[-4:], _CERTIFIED, **_LEGEND)
     return ax
 
 
-_CERTIFIED = {
-    "o": "energy residual",
-    "s": "largest fall of the soft margin",
-    "^": r"$1 - \alpha$",
-    "d": "rounding of the softmax weights",
-}
-
-
-_ZERO = 1e-17
+# --------------------------------------------------------------------------------------------------
+# Whole figures
+# --------------------------------------------------------------------------------------------------
 
 
 def overview(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figure:
     """Margins in ℓ1, ℓ2 and ℓ∞ and the loss, side by side, with one legend."""
     with style():
-        fig, axes = plt.subplots(2, 2, figsize=(6.75, 5.4), layout="constrained", sharex=True)
-        for ax, norm in zip(axes.flat, ("l1", "l2", "linf"), strict=False):
-            margins(runs, norm, against=against, ax=ax)
-        loss(runs, against=against, ax=axes[1, 1])
-        for ax in axes[0]:
-            ax.set_xlabel("")
-        handles = [*legend(runs), *key()]
-        fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        fig = plt.figure(figsize=(6.75, 5.4), layout="constrained")
+        _panels(fig, runs, margins, loss, against)
     return fig
 
 
 def trust(runs: Mapping[str, Trajectory], *, against: str = "log_time") -> Figure:
     """1 − α in ℓ1, ℓ2 and ℓ∞ and the energy residual, side by side, and the certificates below."""
+    rows = 0.35 * len(runs)
     with style():
-        fig = plt.figure(figsize=(6.75, 5.4 + 0.35 * len(runs)), layout="constrained")
-        parts: Any = fig.subfigures(2, 1, height_ratios=[5.4, 0.7 + 0.35 * len(runs)])
+        fig = plt.figure(figsize=(6.75, 5.4 + rows), layout="constrained")
+        parts: Any = fig.subfigures(2, 1, height_ratios=[5.4, 0.7 + rows])
         upper, lower = parts
-        axes = upper.subplots(2, 2, sharex=True)
-        for ax, norm in zip(axes.flat, ("l1", "l2", "linf"), strict=False):
-            alignment_curves(runs, norm, against=against, ax=ax)
-        energy_curves(runs, against=against, ax=axes[1, 1])
-        for ax in axes[0]:
-            ax.set_xlabel("")
-        upper.legend(
-            handles=[*legend(runs), *key()], loc="outside lower center", ncols=2, frameon=False
-        )
+        _panels(upper, runs, alignment_curves, energy_curves, against)
         certificate(runs, ax=lower.subplots())
     return fig
+
+
+def _panels(
+    figure: Figure | SubFigure,
+    runs: Runs,
+    of_norm: Callable[..., Axes],
+    last: Callable[..., Axes],
+    against: str,
+) -> None:
+    """What is drawn for a norm, in ℓ1, ℓ2 and ℓ∞, and one panel more, above one legend."""
+    axes = figure.subplots(2, 2, sharex=True)
+    for norm, ax in zip(("l1", "l2", "linf"), axes.flat, strict=False):
+        of_norm(runs, norm, against=against, ax=ax)
+    last(runs, against=against, ax=axes[1, 1])
+    for ax in axes[0]:
+        ax.set_xlabel("")
+    legend_below(figure, runs)
 
 
 def save(fig: Figure, path: str | Path, runs: Mapping[str, Trajectory] | None = None) -> list[Path]:
@@ -239,11 +232,10 @@ def save(fig: Figure, path: str | Path, runs: Mapping[str, Trajectory] | None = 
     bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
+    written = [path.with_suffix(suffix) for suffix in _FORMATS]
     with style():
-        for suffix, options in _FORMATS.items():
-            written.append(path.with_suffix(suffix))
-            fig.savefig(written[-1], **options)
+        for file in written:
+            fig.savefig(file, **_FORMATS[file.suffix])
     if runs is not None:
         written.append(path.with_suffix(".csv"))
         _write_csv(runs, written[-1])
@@ -257,7 +249,8 @@ def _write_csv(runs: Mapping[str, Trajectory], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "trajectory", "save", *names])
         for label, run in runs.items():
-            for b in range(len(run)):
-                for k in range(run["lam"].shape[0]):
-                    row = [run[n][k, b] if n in run else np.nan for n in names]
-                    writer.writerow([label, b, k, *(f"{v:.12g}" for v in row)])
+            unknown = np.full_like(run["lam"], np.nan)
+            values = np.stack([run.values.get(name, unknown) for name in names])
+            for b, saves in enumerate(values.T):  # (K, names)
+                for k, row in enumerate(saves):
+                    writer.writerow([label, b, k, *(f"{value:.12g}" for value in row)])

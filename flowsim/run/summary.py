@@ -46,9 +46,11 @@ def _median_at_end(run: Trajectory, name: str) -> float:
 
 
 def position(run: Trajectory, against: str) -> Array:
-    """A coordinate along a run ``(K, B)``: the reading of a clock, for time its decimal logarithm."""
-    reading = run[against]
-    return reading / np.log(10) if against == "log_time" else reading
+    """A coordinate along a run ``(K, B)``: the reading of a clock, for "log_time" as a decimal
+    logarithm; for "time", t itself."""
+    if against == "time":
+        return np.exp(run["log_time"])
+    return run[against] / np.log(10) if against == "log_time" else run[against]
 
 
 def crossing(run: Trajectory, against: str = "log_time") -> float:

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linprog
 from torch import Tensor
 
 from flowsim.convex import box
 from flowsim.convex.admm import Form, split
+from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
 from flowsim.norms.norm import Norm
-from flowsim.norms.vector import L1, Linf
 from flowsim.velocity.ties import Slabs
 
 END = 1e-9  # multipliers so near to 0 or 1 are taken to be there
@@ -57,7 +56,7 @@ def least_dual_norm(
     scaled = replace(kinks, b=kinks.b / scale, c=kinks.c / scale)
     if norm.quadratic:
         D, u = _by_least_squares(norm, scaled)
-    elif isinstance(norm, L1 | Linf):
+    elif is_linear(norm):
         D, u = _by_linear_programme(norm, scaled)
     else:
         D, u = _by_splitting(norm, scaled)
@@ -79,25 +78,16 @@ def _by_least_squares(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tenso
 
 def _by_linear_programme(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """D are the multipliers of s_k ≥ c_k ⟨n_k, u⟩."""
-    K, P = kinks.n.shape
-    b, rows = kinks.b.cpu().numpy(), (kinks.c[:, None] * kinks.n).cpu().numpy()
-    if isinstance(norm, L1):  # u = p − q with p, q ≥ 0
-        b, rows = np.concatenate([b, -b]), np.concatenate([rows, -rows], 1)
-        bounds = np.repeat([[0.0, np.inf]], 2 * P + K, 0)
-        ball = np.concatenate([np.ones(2 * P), np.zeros(K)])[None]
-    else:
-        bounds = np.repeat([[-1.0, 1.0], [0.0, np.inf]], [P, K], 0)
-        ball = np.zeros((0, P + K))
-    A = np.concatenate([np.concatenate([rows, -np.eye(K)], 1), ball])
-    limit = np.concatenate([np.zeros(K), np.ones(len(ball))])
-    cost = np.concatenate([-b, np.ones(K)])
-    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    done = linprog(cost, A, limit, bounds=bounds, method="highs", options=tight)
-    if done.x is None:
-        raise ArithmeticError(f"the multipliers of {K} kinks were not found: {done.message}")
-    u = done.x[:P] - done.x[P : 2 * P] if isinstance(norm, L1) else done.x[:P]
-    D = torch.from_numpy(-done.ineqlin.marginals[:K]).to(kinks.b)
-    return D.clamp(0, 1), torch.from_numpy(u).to(kinks.b)
+    steep = (kinks.c[:, None] * kinks.n).cpu().numpy()
+    K = len(steep)
+    programme = BallProgramme(
+        goal=np.append(kinks.b.cpu().numpy(), -np.ones(K)),
+        rows=np.hstack([steep, -np.eye(K)]),
+        lowest=np.zeros(K),
+    )
+    best = linear_optimum(programme, norm)
+    D = torch.from_numpy(best.multipliers).to(kinks.b)
+    return D.clamp(0, 1), torch.from_numpy(best.u).to(kinks.b)
 
 
 def _by_splitting(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import flowsim as fs
+from flowsim.convex.cones import conic_optimum
 from flowsim.diagnostics import lagrange as multipliers
 from flowsim.diagnostics.lagrange import best_multipliers
 from flowsim.motion.state import initial_state
@@ -105,10 +106,10 @@ def test_two_solvers_agree(norm, slid):
     sets = multipliers._Gradients.of(NET, slid, torch.ones(10, dtype=torch.bool))
     assert sets.free.any()
     _, dual, bound = multipliers._game(sets, norm, 1e-9, 200)
-    u, p, _ = multipliers._cone_program(sets, norm)
+    best = conic_optimum(multipliers._programme(sets), norm)
     assert bound == pytest.approx(dual, rel=1e-8)
-    assert sets.value(u, norm) == pytest.approx(dual, rel=1e-5)
-    assert p.sum() == pytest.approx(1, abs=1e-6)
+    assert sets.value(torch.from_numpy(best.u), norm) == pytest.approx(dual, rel=1e-5)
+    assert best.multipliers[:10].sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_the_gradients_are_those_of_the_margins(slid):

@@ -1,0 +1,106 @@
+r"""Cone programmes by Clarabel, through cvxpy (both in the extra ``convex``): all that says either.
+
+For every norm that `norm_expression` can write down. Data come in and results go out as arrays;
+what Clarabel has not solved is an ArithmeticError."""
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray as Array
+
+from flowsim.convex.linear import BallOptimum, BallProgramme
+from flowsim.norms.blocks import Euclidean, Max, Sum
+from flowsim.norms.matrix import Nuclear, Spectral
+from flowsim.norms.norm import Norm
+from flowsim.norms.vector import L1, Linf, Lp
+
+
+def conic_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
+    """`linear.linear_optimum` in any norm."""
+    cp, P = _cvxpy(), programme.size
+    x = cp.Variable(len(programme.goal))
+    reached = programme.rows @ x
+    held = reached == 0 if programme.equal else reached <= 0
+    limits = [held, norm_expression(norm, x[:P]) <= 1]
+    floored = np.flatnonzero(np.isfinite(programme.lowest))
+    if len(floored):
+        limits.append(x[P + floored] >= programme.lowest[floored])
+    problem = cp.Problem(cp.Maximize(programme.goal @ x), limits)
+    _solve(problem, f"{len(programme.rows)} rows of {P} numbers")
+    return BallOptimum(x.value[:P], held.dual_value)
+
+
+def ekeland_point(
+    norm: Norm, w: Float[Array, " P"], force: Float[Array, " P"], weight: float
+) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+    """The v of min ½‖v‖² − ⟨force, v⟩ + weight·‖v − w‖ and the k ∈ ∂½‖v‖² that proves it, of norms
+    near w and ``force``."""
+    cp = _cvxpy()
+    x, v = cp.Variable(len(w)), cp.Variable(len(w))
+    same = x == v  # its multipliers are −k
+    half_square = 0.5 * cp.square(norm_expression(norm, x))
+    away = weight * norm_expression(norm, v - w)
+    problem = cp.Problem(cp.Minimize(half_square - force @ v + away), [same])
+    _solve(problem, f"a nearby KKT pair in the norm {norm.name!r}")
+    return x.value, -same.dual_value
+
+
+def norm_expression(norm: Norm, w: Any) -> Any:
+    """``‖w‖`` as an expression of cvxpy, from the definition of each norm; ValueError for norms
+    that have none."""
+    cp = _cvxpy()
+    if isinstance(norm, Max | Sum | Euclidean):
+        combine = {Max: cp.max, Sum: cp.sum, Euclidean: cp.norm2}[type(norm)]
+        parts = norm._bound
+        return combine(cp.hstack([norm_expression(p.norm, p.of(w)) / p.scale for p in parts]))
+    if isinstance(norm, Spectral | Nuclear):
+        matrix = cp.reshape(w, norm.shape, order="C")
+        return cp.sigma_max(matrix) if isinstance(norm, Spectral) else cp.normNuc(matrix)
+    if isinstance(norm, Lp):
+        return cp.pnorm(w, norm.p)
+    if isinstance(norm, L1 | Linf):
+        return cp.norm1(w) if isinstance(norm, L1) else cp.norm_inf(w)
+    if norm.quadratic:
+        metric = np.linalg.inv(inverse_metric(norm, w.shape[0]))
+        return cp.norm2(np.linalg.cholesky(metric).T @ w)
+    raise ValueError(
+        f"got the norm {norm.name!r}, expected one that a cone program can hold, "
+        "try Spectral() or Lp(p)"
+    )
+
+
+def inverse_metric(norm: Norm, size: int) -> Float[Array, "P P"]:
+    """B with ‖g‖_*² = gᵀBg; dual(g)·steepest(g) = Bg."""
+    unit = torch.eye(size, dtype=torch.float64)
+    B = (norm.dual(unit)[:, None] * norm.steepest(unit)).numpy()
+    return (B + B.T) / 2
+
+
+def _solve(problem: Any, what: str) -> None:
+    """To twelve digits, or to the usual eight where that fails."""
+    sharp = {"max_iter": 200, "tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
+    with warnings.catch_warnings():
+        # of inaccuracy: how good they are is evaluated from the points themselves
+        warnings.simplefilter("ignore", UserWarning)
+        for options in (sharp, {}):
+            try:
+                problem.solve(solver="CLARABEL", **options)
+            except _cvxpy().SolverError:
+                continue
+            if problem.status in ("optimal", "optimal_inaccurate"):
+                return
+    raise ArithmeticError(f"Clarabel failed on {what}: {problem.status}")
+
+
+def _cvxpy() -> Any:
+    try:
+        return import_module("cvxpy")
+    except ImportError:
+        raise ImportError(
+            "this norm needs cvxpy and Clarabel, which are not installed, "
+            "try: pip install flowsim[convex]"
+        ) from None
