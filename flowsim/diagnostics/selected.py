@@ -1,6 +1,7 @@
 """TODO."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,7 @@ def selected_pullback(
         return problem.net.linearize(state.w, problem.x)[1]
     point = problem.two_layer(len(state.w)).at(state.w)
     tape = point.tape(point.slopes(sides.view_as(point.z)))
-    return lambda c: torch.cat([g.flatten(1) for g in kernels.pullback(tape, c)], 1)
+    return partial(kernels.pullback, tape)
 
 
 def gaps(problem: Problem) -> Reading:

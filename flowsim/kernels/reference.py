@@ -5,8 +5,9 @@ Shapes: ``B`` trajectories, ``N`` examples, ``C`` outputs, ``L`` layers. Layer `
 
     a_0 = x,   z_l = a_{l-1} W_lᵀ,   a_l = φ(z_l),   f = z_L.
 
-The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Every product is a
-batched one over trajectories, so that a trajectory's numbers never depend on its batch-mates."""
+The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Derivatives are by the
+``P`` flat weights, layer after layer. Every product is a batched one over trajectories, so that a
+trajectory's numbers never depend on its batch-mates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class Activation:
 
 @dataclass(frozen=True)
 class Tape:
-    """What a forward pass leaves for the derivatives: inputs ``a_{l-1}`` and slopes ``φ'(z_l)`` of
-    each layer."""
+    """What a forward pass leaves for the derivatives: inputs ``a_{l-1}`` of each layer and slopes
+    ``φ'(z_l)`` of each but the last."""
 
     weights: Weights
     inputs: tuple[Tensor, ...]
@@ -48,84 +49,68 @@ def forward(
     weights: Weights, x: Tensor, activation: Activation
 ) -> tuple[Float[Tensor, "B N C"], Tape]:
     """Outputs f(x) and the tape."""
-    a = x.expand(weights[0].shape[0], *x.shape[-2:])
+    *hidden, last = weights
+    a = x.expand(len(last), *x.shape[-2:])
     inputs, slopes = [a], []
-    for W in weights[:-1]:
+    for W in hidden:
         z = bmm(a, W.mT)
         a = activation.value(z)
         inputs.append(a)
         slopes.append(activation.slope(z))
-    return bmm(a, weights[-1].mT), Tape(weights, tuple(inputs), tuple(slopes))
+    return bmm(a, last.mT), Tape(weights, tuple(inputs), tuple(slopes))
 
 
-def _backward(tape: Tape, c: Tensor) -> list[Tensor]:
-    """Sensitivities δ_l = ∂⟨c, f⟩/∂z_l, each ``(B, N, n_l)``, first layer first."""
+def sensitivities(tape: Tape, c: Float[Tensor, "B N K C"]) -> list[Float[Tensor, "B N K n"]]:
+    """∂⟨c, f⟩/∂z_l for K cotangents c of each example, first layer first."""
     deltas = [c]
     for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        deltas.append(bmm(deltas[-1], W).mul_(slope))  # in place: half of the memory traffic
+        delta = bmm(deltas[-1].flatten(1, 2), W).unflatten(1, c.shape[1:3])
+        deltas.append(delta.mul_(slope[:, :, None]))  # in place: half of the memory traffic
     return deltas[::-1]
 
 
-def pullback(tape: Tape, c: Float[Tensor, "B N C"]) -> list[Tensor]:
-    """Jᵀc: the gradient of ⟨c, f⟩ in each layer's weight."""
-    return [bmm(delta.mT, a) for delta, a in zip(_backward(tape, c), tape.inputs, strict=True)]
+def pullback(tape: Tape, c: Float[Tensor, "B N C"]) -> Float[Tensor, "B P"]:
+    """Jᵀc: the gradient of ⟨c, f⟩."""
+    deltas = sensitivities(tape, c[:, :, None])
+    layers = zip(deltas, tape.inputs, strict=True)
+    return torch.cat([bmm(delta[:, :, 0].mT, a).flatten(1) for delta, a in layers], 1)
 
 
-def pushforward(tape: Tape, tangents: Weights) -> Float[Tensor, "B N C"]:
+def pushforward(tape: Tape, v: Float[Tensor, "B P"]) -> Float[Tensor, "B N C"]:
     """Jv: the derivative of the outputs along one direction in weight space."""
-    da: Tensor | None = None
-    for l, (W, V, a) in enumerate(zip(tape.weights, tangents, tape.inputs, strict=True)):
-        dz = bmm(a, V.mT)
-        if da is not None:
-            dz = dz + bmm(da, W.mT)
-        da = dz * tape.slopes[l] if l < len(tape.slopes) else dz
-    assert da is not None  # a net has at least one layer
-    return da
+    parts = v.split([W[0].numel() for W in tape.weights], 1)
+    first, *later = (part.view_as(W) for part, W in zip(parts, tape.weights, strict=True))
+    dz = bmm(tape.inputs[0], first.mT)
+    for l, V in enumerate(later, 1):
+        da = dz * tape.slopes[l - 1]
+        dz = bmm(tape.inputs[l], V.mT) + bmm(da, tape.weights[l].mT)
+    return dz
 
 
-def sensitivities(tape: Tape) -> list[Float[Tensor, "B N C n"]]:
-    """∂f_c/∂z_l for every output c, first layer first."""
-    B, N = tape.inputs[0].shape[:2]
-    W = tape.weights[-1]
-    C = W.shape[1]
-    delta = torch.eye(C, dtype=W.dtype, device=W.device).expand(B, N, C, C)
-    deltas = [delta]
-    for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        delta = bmm(delta.flatten(1, 2), W).unflatten(1, (N, C)) * slope[:, :, None, :]
-        deltas.append(delta)
-    return deltas[::-1]
-
-
-def jacobian(tape: Tape) -> list[Float[Tensor, "B N C n m"]]:
-    """∂f_c(x_i)/∂W_l, dense: for small nets and for tests."""
-    return [
-        d[..., :, None] * a[:, :, None, None, :]
-        for d, a in zip(sensitivities(tape), tape.inputs, strict=True)
-    ]
+def jacobian(tape: Tape) -> Float[Tensor, "B N C P"]:
+    """J, dense: for small nets and for tests."""
+    layers = zip(sensitivities(tape, _each_output(tape)), tape.inputs, strict=True)
+    parts = [delta[..., None] * a[:, :, None, None] for delta, a in layers]
+    return torch.cat([part.flatten(3) for part in parts], -1)
 
 
 def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B NC NC"]:
     """JJᵀ, the neural tangent kernel, without forming J: Σ_l s_l (δ_l δ_lᵀ) ∘ (a_{l-1}
     a_{l-1}ᵀ)."""
-    total: Tensor | None = None
     scales = scales or [1.0] * len(tape.inputs)
-    for delta, a, scale in zip(sensitivities(tape), tape.inputs, scales, strict=True):
+    total = tape.inputs[0].new_zeros(())
+    outputs = _each_output(tape)
+    for delta, a, scale in zip(sensitivities(tape, outputs), tape.inputs, scales, strict=True):
         C = delta.shape[2]
-        left = delta.flatten(1, 2)
-        right = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
-        part = scale * bmm(left, left.mT) * right
-        total = part if total is None else total + part
-    assert total is not None
+        rows = delta.flatten(1, 2)
+        inner = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
+        total = total + scale * bmm(rows, rows.mT) * inner
     return total
 
 
-def neuron_grams(tape: Tape, layer: int) -> Float[Tensor, "B n NC NC"]:
-    """The part of JJᵀ that the incoming weights of each neuron of ``layer`` (counted from 0) give.
-
-    Summed over neurons and layers it is `gram`.
-    """
-    delta, a = sensitivities(tape)[layer], tape.inputs[layer]
-    C = delta.shape[2]
-    right = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
-    rows = delta.flatten(1, 2).mT
-    return rows[:, :, :, None] * rows[:, :, None, :] * right[:, None]
+def _each_output(tape: Tape) -> Float[Tensor, "B N C C"]:
+    """The cotangents that pick one output each."""
+    last = tape.weights[-1]
+    C = last.shape[1]
+    unit = torch.eye(C, dtype=last.dtype, device=last.device)
+    return unit.expand(*tape.inputs[0].shape[:2], C, C)

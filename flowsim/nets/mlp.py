@@ -1,15 +1,14 @@
-"""TODO."""
+"""Feed-forward nets without biases, with hand-written derivatives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import require_instance
 from flowsim.kernels import reference as kernels
-from flowsim.kernels.reference import Activation
+from flowsim.kernels.reference import Activation, Tape
 from flowsim.layout import Layout, lay_out
 from flowsim.nets.activations import identity, relu
 from flowsim.nets.net import Net, Pullback
@@ -35,12 +34,11 @@ class MLP(Net):
         widths = tuple(self.widths)
         if len(widths) < 2 or not all(isinstance(n, int) and n > 0 for n in widths):
             raise ValueError(
-                f"MLP: got widths {list(widths)}, expected at least two positive integers, try [64, 128, 1]"
+                f"MLP: got widths {list(widths)}, expected at least two positive integers, "
+                "try [64, 128, 1]"
             )
-        if not isinstance(self.activation, Activation):
-            raise TypeError(
-                f"MLP: got activation {self.activation!r}, expected one of flowsim's, try flowsim.relu"
-            )
+        expected = "one of flowsim's, try flowsim.relu"
+        require_instance("MLP", Activation, expected, activation=self.activation)
         object.__setattr__(self, "widths", widths)
 
     @cached_property
@@ -57,7 +55,7 @@ class MLP(Net):
 
     @property
     def kinks(self) -> bool:  # type: ignore[override]
-        return self.activation.kinked and len(self.widths) > 2
+        return self.activation.kinked and not self.linear
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -67,28 +65,28 @@ class MLP(Net):
         """The layers' matrices ``(B, n_l, n_{l-1})``, as views of the flat weights."""
         return [block.of(w) for block in self.layout]
 
-    def _tape(self, w: Tensor, x: Tensor) -> tuple[Tensor, kernels.Tape]:
+    def _forward(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tape]:
         return kernels.forward(self.weights(w), x, self.activation)
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
-        return self._tape(w, x)[0]
+        outputs, _ = self._forward(w, x)
+        return outputs
 
     def linearize(self, w: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
-        outputs, tape = self._tape(w, x)
-        return outputs, lambda c: torch.cat([g.flatten(1) for g in kernels.pullback(tape, c)], 1)
+        outputs, tape = self._forward(w, x)
+        return outputs, partial(kernels.pullback, tape)
 
     def pushforward(self, w: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return kernels.pushforward(self._tape(w, x)[1], self.weights(v))
+        _, tape = self._forward(w, x)
+        return kernels.pushforward(tape, v)
 
     def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([J.flatten(3) for J in kernels.jacobian(self._tape(w, x)[1])], -1)
+        _, tape = self._forward(w, x)
+        return kernels.jacobian(tape)
 
     def gram(self, w: Tensor, x: Tensor) -> Tensor:
-        return kernels.gram(self._tape(w, x)[1])
-
-    def neuron_grams(self, w: Tensor, x: Tensor, layer: int) -> Float[Tensor, "B n NC NC"]:
-        """The part of `gram` that each neuron's incoming weights give; ``layer`` counts from 0."""
-        return kernels.neuron_grams(self._tape(w, x)[1], layer)
+        _, tape = self._forward(w, x)
+        return kernels.gram(tape)
 
 
 def Linear(inputs: int, outputs: int = 1) -> MLP:

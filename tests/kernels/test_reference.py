@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call, jacrev, jvp
 
 import flowsim as fs
+from flowsim.kernels.reference import forward, gram
 
 ACTIVATIONS = {
     "relu": (fs.relu, torch.relu),
@@ -98,7 +99,7 @@ def test_pushforward_is_forward_mode(case):
 
 
 @cases
-def test_jacobian_gram_and_its_parts(case):
+def test_jacobian_and_gram(case):
     case = Case(*case)
     net, w, x = case.net, case.w, case.x
     J = case.reference(lambda f, row, b: jacrev(f)(row))
@@ -106,19 +107,16 @@ def test_jacobian_gram_and_its_parts(case):
     case.check(net.jacobian(w, x), J, bound)
     rows, large = J.flatten(1, 2), bound.double().flatten(1, 2)
     case.check(net.gram(w, x), rows @ rows.mT, large @ large.mT)
-    parts = [net.neuron_grams(w, x, layer) for layer in range(len(net.layout))]
-    assert [part.shape[1] for part in parts] == list(net.widths[1:])
-    case.check(sum(part.sum(1) for part in parts), rows @ rows.mT, large @ large.mT)
 
 
-def test_neuron_gram_is_the_gram_of_the_neurons_incoming_weights():
+def test_gram_weighs_layers_by_their_scales():
     net = fs.MLP([4, 5, 3, 2])
-    w, x = draw(1, 2, net.size), draw(2, 6, 4)
+    w, x, scales = draw(1, 2, net.size), draw(2, 6, 4), [2.0, 0.5, 3.0]
     J = net.jacobian(w, x).flatten(1, 2)
-    for layer, block in enumerate(net.layout):
-        per_neuron = J[..., block.slice].unflatten(-1, block.shape)
-        expected = torch.einsum("banm,bcnm->bnac", per_neuron, per_neuron)
-        torch.testing.assert_close(net.neuron_grams(w, x, layer), expected)
+    parts = [J[..., block.slice] for block in net.layout]
+    expected = sum(scale * part @ part.mT for scale, part in zip(scales, parts, strict=True))
+    _, tape = forward(net.weights(w), x, net.activation)
+    torch.testing.assert_close(gram(tape, scales), expected)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -604,11 +604,11 @@ REFUSED = {
     ),
     "activation by name": (
         lambda: fs.MLP([4, 1], "relu"),
-        "MLP: got activation 'relu', expected .*try flowsim.relu",
+        "MLP: got activation='relu', expected .*try flowsim.relu",
     ),
     "activation of torch": (
         lambda: fs.MLP([4, 1], torch.tanh),
-        "MLP: got activation .*tanh.*, expected one of",
+        "MLP: got activation=.*tanh.*, expected one of",
     ),
     "slope negative": (
         lambda: fs.leaky_relu(-0.1),

@@ -159,21 +159,17 @@ class GaussNewton:
         if metric.scales is not None:
             gram = kernels.gram(tape, metric.scales)
         else:
-            J = torch.cat([part.flatten(3) for part in kernels.jacobian(tape)], -1).flatten(1, 2)
+            J = kernels.jacobian(tape).flatten(1, 2)
             gram = J @ metric.raised(J).mT
         unit = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
         inverse = unit / gain.to(root)[:, None, None] + root.mT @ gram @ root
         return GaussNewton(metric, tape, root, torch.linalg.inv(inverse), inverse)
 
     def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
-        first, last = self.tape.weights
-        parts = v.split([first[0].numel(), last[0].numel()], 1)
-        seen = kernels.pushforward(
-            self.tape, [p.view_as(w) for p, w in zip(parts, (first, last), strict=True)]
-        )
+        seen = kernels.pushforward(self.tape, v)
         inner = self.root @ (self.core @ (self.root.mT @ seen.flatten(1)[..., None]))
         pulled = kernels.pullback(self.tape, inner.view_as(seen))
-        return v - self.metric.raised(torch.cat([g.flatten(1) for g in pulled], 1))
+        return v - self.metric.raised(pulled)
 
 
 @dataclass(frozen=True)
@@ -228,6 +224,6 @@ def _coupled_by_neuron(
 
 
 def _coupled(pack: ActivePairs, damping: GaussNewton, net: TwoLayer) -> Float[Tensor, "B 1 c R"]:
-    J = torch.cat([part.flatten(3) for part in kernels.jacobian(damping.tape)], -1).flatten(1, 2)
+    J = kernels.jacobian(damping.tape).flatten(1, 2)
     raised = damping.metric.raised(pack.normals(net, J.shape[-1]))
     return (raised @ J.mT @ damping.root)[:, None]
