@@ -255,12 +255,12 @@ class Flow(RulePart):
     kind: Literal["flow"]
     rtol: Positive = 1e-4
     atol: Positive = 1e-12
-    clock: Literal["arclength", "relative", "lam", "time"] = "arclength"
+    clock: Literal["arclength", "relative", "lam", "time"] | None = None
     method: str = "auto"
 
     def rule(self, layout: Layout) -> Rule:
         method = method_from_word(self.method)
-        clock = getattr(clocks, self.clock.upper())
+        clock = getattr(clocks, self.clock.upper()) if self.clock else None
         return SteepestFlow(norm_from_word(self.norm, layout), self.rtol, self.atol, clock, method)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowsim.checks import require_positive
 from flowsim.flow.explicit import DOPRI5
-from flowsim.flow.field import Field, Sample
+from flowsim.flow.field import Field, Sample, per_length
 from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Target
 from flowsim.motion.state import State, initial_state
@@ -112,12 +112,11 @@ class _PotentialField(Field):
         )
         speed = torch.log(self.norm.value(v).double()) + log_unit
         u = self.norm.steepest(v)
-        size, rise = self.norm.value(w).double(), (h * u).sum(-1).double()
+        rise = (h * u).sum(-1).double()
+        unit = torch.ones_like(rise)
         rates = {
-            "arclength": torch.ones_like(rise),
-            "relative": torch.where(
-                size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0
-            ),
+            "arclength": unit,
+            "relative": per_length(unit, self.norm.value(w).double()),
             "dissipated": rise,
         }
         return Sample(u, lam.double(), h, self.norm.dual(h).double(), rates, -speed)
@@ -138,7 +137,8 @@ class DissipationFlow:
     def __post_init__(self) -> None:
         if isinstance(self.potential, type) or not hasattr(self.potential, "velocity"):
             raise TypeError(
-                f"DissipationFlow: got potential {self.potential!r}, expected one, try flowsim.SmoothSign(1e-8)"
+                f"DissipationFlow: got potential {self.potential!r}, expected one, "
+                "try flowsim.SmoothSign(1e-8)"
             )
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not (isinstance(value, int | float) and 0 < value < 1):
@@ -152,13 +152,10 @@ class DissipationFlow:
 
     @property
     def _field(self) -> Field:
-        return _PotentialField(L2(), ARCLENGTH, self.potential)
+        return _PotentialField(L2(), ARCLENGTH, self.rtol, self.atol, self.potential)
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        solver = self.method.solver(self.rtol, self.atol)
-        return solver.start(self._field, problem, initial_state(problem, w_or_state))
+        return self.method.start(self._field, problem, initial_state(problem, w_or_state))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        return self.method.solver(self.rtol, self.atol).advance(
-            self._field, problem, state, until, budget
-        )
+        return self.method.advance(self._field, problem, state, until, budget)

@@ -1,12 +1,14 @@
-"""TODO."""
+"""What a method integrates: the velocity of a steepest flow on a clock, with the rates of its
+readings."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.motion.clocks import Clock, log_time_rate
+from flowsim.motion.clocks import Clock, Speed, log_time_rate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
@@ -14,27 +16,28 @@ from flowsim.problems.objective import Objective
 
 @dataclass(frozen=True)
 class Sample:
-    """The field at one point: velocity dw/dτ ``(B, P)``, level and its gradient, and rates per unit
-    of the clock τ.
+    """The field at one point: velocity dw/dτ ``(B, P)``, the level Λ, its gradient h and ‖h‖_*.
 
-    ``rates`` holds dx/dτ of arclength, relative arclength and dissipated level; ``log_time_rate``
-    is log dt/dτ."""
+    ``rates`` holds dx/dτ of arclength, relative arclength and dissipated level, per unit of the
+    clock τ; ``log_time_rate`` is log dt/dτ."""
 
     velocity: Float[Tensor, "B P"]
     lam: Float[Tensor, " B"]
     ascent: Float[Tensor, "B P"]
-    dual: Float[Tensor, " B"]
+    dual_norm: Float[Tensor, " B"]
     rates: dict[str, Float[Tensor, " B"]]
     log_time_rate: Float[Tensor, " B"]
 
 
 @dataclass(frozen=True)
 class Field:
-    """dw/dτ = (ds/dτ)·u(w), with u the unit steepest direction of ∇Λ in ``norm`` and ds/dτ from
-    ``clock``."""
+    """dw/dτ = (ds/dτ)·u(w), with u the unit steepest direction of h = ∇Λ in the (bound) ``norm``
+    and ds/dτ from ``clock``, to be followed to ``atol + rtol·size``."""
 
     norm: Norm
     clock: Clock
+    rtol: float = 1e-4
+    atol: float = 1e-12
 
     def __call__(self, objective: Objective, w: Float[Tensor, "B P"]) -> Sample:
         """The field where ∇Λ is one vector and the norm has one steepest direction."""
@@ -44,55 +47,58 @@ class Field:
     def sample(self, objective: Objective, w: Tensor, lam: Tensor, h: Tensor, u: Tensor) -> Sample:
         """The field with the element h of ∇Λ and the unit steepest direction u that have been
         selected."""
-        dual, size = self.norm.dual(h).double(), self.norm.value(w).double()
         lam = lam.double()
-        assert self.clock.speed is not None
-        time_rate = log_time_rate(objective, lam, dual)
-        speed = self.clock.speed(time_rate, dual, size)
+        dual_norm = self.norm.dual(h).double()
+        length = self.norm.value(w).double()
+        time_rate = log_time_rate(objective, lam, dual_norm)
+        speed = speed_of(self.clock)(time_rate, dual_norm, length)
         rates = {
             "arclength": speed,
-            # at w = 0 relative arclength is infinite; it counts from the first point that is not
-            "relative": torch.where(
-                size > 0, speed / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0
-            ),
-            "dissipated": speed * dual,
+            "relative": per_length(speed, length),
+            "dissipated": speed * dual_norm,
         }
         velocity = speed.to(w)[:, None] * u
-        return Sample(velocity, lam, h, dual, rates, time_rate + torch.log(speed))
+        return Sample(velocity, lam, h, dual_norm, rates, time_rate + torch.log(speed))
+
+
+def speed_of(clock: Clock) -> Speed:
+    """ds/dτ of a clock; raises ValueError where it has none."""
+    if not isinstance(clock, Clock) or clock.speed is None:
+        raise ValueError(
+            f"SteepestFlow: got clock {clock!r}, expected one that can be integrated against, "
+            "try flowsim.clocks.ARCLENGTH"
+        )
+    return clock.speed
+
+
+def per_length(speed: Float[Tensor, " B"], length: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """speed/‖w‖; 0 at w = 0, where relative arclength is infinite: it counts from the first point
+    that is not."""
+    tiny = torch.finfo(length.dtype).tiny
+    return torch.where(length > 0, speed / length.clamp_min(tiny), 0.0)
 
 
 def require_smooth(field: Field, objective: Objective) -> None:
     """Refuse a field that jumps: there a one-step error estimate says nothing about the true
     solution."""
-    why = "where an explicit ODE solver stalls or follows another path"
-    if objective.kinks:
+    jumps = "the net has kinks (ReLU)" if objective.kinks else None
+    if field.norm.ties and not jumps:
+        jumps = f"the {field.norm.name} norm has ties"
+    if jumps:
         raise ValueError(
-            f"this method is for smooth fields, but the net has kinks (ReLU), {why}; try method=None"
-        )
-    if field.norm.ties:
-        raise ValueError(
-            f"this method is for smooth fields, but the {field.norm.name} norm has ties, {why}; try method=None"
+            f"this method is for smooth fields, but {jumps}, where an explicit ODE solver stalls or "
+            "follows another path; try method=None"
         )
 
 
-def memory_of(sample: Sample) -> dict[str, Tensor]:
+def memory_of(sample: Sample) -> dict[str, Any]:
     """A sample as the memory of a state whose level it shares."""
-    rates = {f"rate_{name}": rate for name, rate in sample.rates.items()}
-    return {
-        "velocity": sample.velocity,
-        "ascent": sample.ascent,
-        "dual": sample.dual,
-        "log_time_rate": sample.log_time_rate,
-        **rates,
-    }
+    memory = dict(vars(sample))
+    memory.pop("lam")
+    return memory
 
 
 def sample_of(state: State) -> Sample:
     """The inverse of `memory_of`."""
-    m = state.memory
-    rates = {
-        name.removeprefix("rate_"): value for name, value in m.items() if name.startswith("rate_")
-    }
-    return Sample(
-        m["velocity"], state.readings["lam"], m["ascent"], m["dual"], rates, m["log_time_rate"]
-    )
+    names = ("velocity", "ascent", "dual_norm", "rates", "log_time_rate")
+    return Sample(lam=state.readings["lam"], **{name: state.memory[name] for name in names})

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowsim.flow.explicit import DOPRI5
-from flowsim.flow.field import Field
+from flowsim.flow.field import Field, speed_of
 from flowsim.flow.movements.step import MinimisingMovement
 from flowsim.flow.pieces.polytope import follows
 from flowsim.flow.pieces.step import ExactPieces
 from flowsim.flow.rosenbrock import ROS34PW2
 from flowsim.flow.sliding.step import KinkImplicit
-from flowsim.flow.steps import Integrator, Method, Settling
+from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Clock, Target
 from flowsim.motion.state import State, initial_state
 from flowsim.norms.norm import Norm
@@ -20,19 +20,20 @@ from flowsim.problems.objective import Objective
 
 @dataclass(frozen=True)
 class SteepestFlow:
-    """Steepest flow dw/dt ∈ argmin_{‖u‖ ≤ ‖g‖_*} ⟨u, g⟩ with g = ∇𝓛(w) (Tsilivis et al. 2026, Eq.
-    3).
+    """Steepest flow dw/dt ∈ argmin_{‖u‖ ≤ ‖g‖_*} ⟨u, g⟩ with g = ∇𝓛(w) (Tsilivis et al. 2026,
+    Eq. 3).
 
     Where ∇𝓛 is a set (on kinks) or the steepest direction is (at ties) this is the velocity of
     least dual norm and, among the steepest directions, of least curvature: the solution that
     balances energy. See `suited` for the method that is taken by default; ``method`` replaces it.
-    The path does not depend on ``clock``, which sets only the variable that an explicit solver
-    sees."""
+    ``clock`` sets the variable that an explicit method integrates by, arclength by default; the
+    path does not depend on it, and the implicit methods, which have a clock of their own, refuse
+    one."""
 
     norm: Norm
     rtol: float = 1e-4
     atol: float = 1e-12
-    clock: Clock = ARCLENGTH
+    clock: Clock | None = None
     method: Method | None = None
 
     def __post_init__(self) -> None:
@@ -45,47 +46,48 @@ class SteepestFlow:
                 raise ValueError(
                     f"SteepestFlow: got {name}={value!r}, expected a number between 0 and 1"
                 )
-        if not isinstance(self.clock, Clock) or self.clock.speed is None:
-            raise ValueError(
-                f"SteepestFlow: got clock {self.clock!r}, expected one that can be integrated against, "
-                "try flowsim.clocks.ARCLENGTH"
-            )
-        if self.method is not None and (
-            isinstance(self.method, type) or not isinstance(self.method, Method)
-        ):
+        if self.method is not None and not isinstance(self.method, Method):
             raise TypeError(
-                f"SteepestFlow: got method {self.method!r}, expected a method, try flowsim.DOPRI5 or "
-                "flowsim.TorchDiffEq('dopri5')"
+                f"SteepestFlow: got method {self.method!r}, expected a method, try flowsim.DOPRI5 "
+                "or flowsim.TorchDiffEq('dopri5')"
             )
+        if self.clock is not None:
+            speed_of(self.clock)
+            if self.method is not None:
+                self._clock_of(self.method)
 
     @property
     def label(self) -> str:
         return f"{self.norm.title} flow"
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        return self._solver(problem).start(
-            self._field(problem), problem, initial_state(problem, w_or_state)
-        )
+        method, field = self._method(problem)
+        return method.start(field, problem, initial_state(problem, w_or_state))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        return self._solver(problem).advance(self._field(problem), problem, state, until, budget)
+        method, field = self._method(problem)
+        return method.advance(field, problem, state, until, budget)
 
     def refined(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
         """``point``, read off the last step of ``state`` at u, as near to the flow as the method
         can bring it."""
-        solver = self._solver(problem)
-        return (
-            solver.refined(self._field(problem), problem, state, u, point)
-            if isinstance(solver, Settling)
-            else point
-        )
+        method, field = self._method(problem)
+        return method.refined(field, problem, state, u, point)
 
-    def _field(self, problem: Objective) -> Field:
-        return Field(self.norm.bind(problem.layout), self.clock)
+    def _method(self, problem: Objective) -> tuple[Method, Field]:
+        norm = self.norm.bind(problem.layout)
+        method = self.method or suited(norm, problem)
+        return method, Field(norm, self._clock_of(method), self.rtol, self.atol)
 
-    def _solver(self, problem: Objective) -> Integrator:
-        method = self.method or suited(self.norm.bind(problem.layout), problem)
-        return method.solver(self.rtol, self.atol)
+    def _clock_of(self, method: Method) -> Clock:
+        if method.own_clock is None:
+            return self.clock or ARCLENGTH
+        if self.clock is not None:
+            raise ValueError(
+                f"SteepestFlow: got clock {self.clock.name!r} for {method!r}, expected none, since "
+                f"it has a clock of its own; try clock=None, or method=flowsim.DOPRI5"
+            )
+        return method.own_clock
 
 
 def suited(norm: Norm, objective: Objective) -> Method:

@@ -1,50 +1,91 @@
-"""Adaptive integration of smooth steepest flows: the field, the verbs of a method, and embedded
-Runge–Kutta pairs.
+"""What all methods of a flow share: their seam, one control of step sizes, and the bookkeeping of a
+step.
 
-Every trajectory has its own step size, error estimate, acceptance and status. These methods are for
-fields that are smooth; at ties and kinks their error estimates collapse, so `flow.SteepestFlow`
-does not let them near any."""
+Every trajectory has its own step size, error estimate, acceptance and status."""
 
-from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.flow.field import Field, Sample
-from flowsim.motion.clocks import Target
+from flowsim.flow.field import Field, Sample, memory_of
+from flowsim.motion.clocks import Clock, Target
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State, Status
 from flowsim.numerics.quadrature import log_elapsed
 from flowsim.problems.objective import Objective
 
 
-class Integrator(Protocol):
-    """How a field is integrated, to a tolerance. ``budget`` counts attempted steps of each
-    trajectory."""
+class Method(ABC):
+    """How a field is followed, to its tolerance: what users pass to a flow."""
 
-    def start(self, field: Field, objective: Objective, state: State) -> State: ...
+    own_clock: ClassVar[Clock | None] = None
+    """The clock that it integrates by; None where any will do."""
 
+    @abstractmethod
+    def start(self, field: Field, objective: Objective, state: State) -> State:
+        """The state with the field at its place; raises ValueError where it cannot be followed."""
+
+    @abstractmethod
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
-    ) -> State: ...
-
-
-@runtime_checkable
-class Settling(Protocol):
-    """A solver that can improve what is read off its steps; see `state.Settling`."""
+    ) -> State:
+        """`Rule.advance`; ``budget`` counts the attempted steps of each trajectory."""
 
     def refined(
         self, field: Field, objective: Objective, state: State, u: Tensor, point: State
-    ) -> State: ...
+    ) -> State:
+        """``point``, read off the last step of ``state`` at u, as near to the flow as can be."""
+        return point
 
 
-@runtime_checkable
-class Method(Protocol):
-    """What users pass to a flow: a method that makes a solver once the tolerance is known."""
+@dataclass(frozen=True)
+class Controller:
+    """The next step size, from the excess e of an attempt (its error over its tolerance, ∝ size to
+    the power ``order``): f = safety·e^(−1/order) times the last.
 
-    def solver(self, rtol: float, atol: float) -> Integrator: ...
+    After an accepted attempt f is at most ``most``; after a rejected one it is between ``least``
+    and ``retry``, and ``broken`` where e is no number. With ``damping`` δ > 0 the last accepted e₀
+    takes part as well, f·(e₀²/e)^(δ/order) (Gustafsson 1991): proportional and integral control,
+    whose proportional part is weak, since along a step size that grows for ever a strong one holds
+    the error far below the tolerance."""
+
+    order: int
+    safety: float = 0.9
+    least: float = 0.2
+    most: float = 5.0
+    retry: float = 0.9
+    broken: float = 0.2
+    damping: float = 0.0
+
+    def factor(
+        self,
+        excess: Float[Tensor, "..."],
+        before: Tensor | None = None,
+        refused: Tensor | None = None,
+    ) -> Float[Tensor, "..."]:
+        """f for every e = ``excess``, with e₀ = ``before``; no growth where the last attempt was
+        ``refused``, since a larger step would be as well."""
+        power = 1 / self.order
+        plain = self.safety * excess**-power
+        grown = plain
+        if before is not None:
+            growth = self.safety * excess ** (-(1 + self.damping) * power)
+            grown = growth * before ** (2 * self.damping * power)
+        grown = grown.clamp(self.least, self.most)
+        if refused is not None:
+            grown = grown.clamp_max(torch.where(refused > 0, 1.0, self.most))
+        shrunk = plain.clamp(self.least, self.retry)
+        shrunk = torch.where(torch.isfinite(excess), shrunk, self.broken)
+        return torch.where(excess <= 1, grown, shrunk)
+
+
+def length(v: Tensor) -> Float[Tensor, " B"]:
+    """‖v‖₂ in double precision."""
+    return torch.linalg.vector_norm(v, dim=-1).double()
 
 
 def first_size(w: Tensor, sample: Sample) -> Float[Tensor, " B"]:
@@ -53,29 +94,67 @@ def first_size(w: Tensor, sample: Sample) -> Float[Tensor, " B"]:
     return 1e-3 * torch.where(length(w) > 0, length(w), 1.0) / length(sample.velocity)
 
 
-def count_attempt(state: State, accepted: Tensor, gradients: int) -> State:
-    """The state with an attempt counted, and the gradient evaluations that it took."""
+def error_of_weights(field: Field, w0: Tensor, w1: Tensor, e: Tensor) -> Float[Tensor, " B"]:
+    """‖e‖₂/(atol + rtol·‖w‖₂) for the error vector e of a step from w0 to w1."""
+    largest = torch.maximum(length(w0), length(w1))
+    return length(e) / (field.atol + field.rtol * largest)
+
+
+def infinite_unless_finite(excess: Float[Tensor, " B"], last: Sample) -> Float[Tensor, " B"]:
+    """The excess of a step that ends with the field ``last``; infinite where one of them is no
+    number."""
+    finite = torch.isfinite(excess) & torch.isfinite(last.lam)
+    return torch.where(finite & torch.isfinite(length(last.velocity)), excess, torch.inf)
+
+
+def begun(
+    objective: Objective,
+    state: State,
+    sample: Sample,
+    size: Tensor,
+    memory: dict[str, Any] | None = None,
+) -> State:
+    """The state at the start of a flow where the field is ``sample``, with a first step size (kept
+    where the state has one), what else the method remembers, and a step of no length behind it."""
+    kept = torch.isfinite(state.step_size)
+    still = segment_between(objective, state, state.w, sample, sample, torch.zeros_like(size))
+    state = replace(
+        state,
+        step_size=torch.where(kept, state.step_size, size),
+        readings=state.readings | {"lam": sample.lam},
+        tallies=added(state, gradients=1),
+        memory=memory_of(sample) | (memory or {}),
+        segment=still,
+    )
+    return state.stopped(sample.dual_norm == 0, Status.STATIONARY)
+
+
+def without_size(state: State) -> State:
+    """The state without a step size that is on the clock of another method."""
+    return replace(state, step_size=torch.full_like(state.step_size, torch.nan))
+
+
+def added(state: State, **counts: float | Tensor) -> dict[str, Tensor]:
+    """The tallies of a state with these counts added."""
+    return state.tallies | {name: state.tallies[name] + count for name, count in counts.items()}
+
+
+def count_attempt(state: State, accepted: Tensor, **counts: float | Tensor) -> State:
+    """The state with an attempt counted, and what it took, such as ``gradients``."""
     yes = accepted.double()
-    tallies = state.tallies | {
-        "gradients": state.tallies["gradients"] + gradients,
-        "accepted": state.tallies["accepted"] + yes,
-        "rejected": state.tallies["rejected"] + 1 - yes,
-    }
-    return replace(state, tallies=tallies)
+    return replace(state, tallies=added(state, accepted=yes, rejected=1 - yes, **counts))
 
 
-def stop_if_stuck(state: State, first: Sample, finite: Tensor) -> State:
-    """The state with trajectories stopped that cannot go on."""
-    state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+def stop_if_stuck(
+    state: State, move: Float[Tensor, " B"], finite: Bool[Tensor, " B"], least: float = 0.0
+) -> State:
+    """The state, stopped where it cannot go on: where the length ``move`` of the next attempt is
+    within rounding of the weights, because the last one was not ``finite`` or was no good."""
+    state = state.stopped(state.memory["dual_norm"] == 0, Status.STATIONARY)
     eps = torch.finfo(state.w.dtype).eps
     # not "≤", which lets steps pass that are no number
-    stuck = ~(state.step_size * length(first.velocity) > 4 * eps * length(state.w))
+    stuck = ~(move > 4 * eps * length(state.w) + least)
     return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
-
-
-def length(v: Tensor) -> Float[Tensor, " B"]:
-    """‖v‖₂ in double precision."""
-    return torch.linalg.vector_norm(v, dim=-1).double()
 
 
 def segment_between(
@@ -84,36 +163,34 @@ def segment_between(
     w: Tensor,
     a: Sample,
     b: Sample,
-    dt: Tensor,
+    dt: Float[Tensor, " B"],
     readings: dict[str, Tensor] | None = None,
 ) -> Segment:
     """The step of ``dt`` units of the clock from ``state`` to ``w``, with the field at both ends
     and the readings at the end (by default a step of no length)."""
-    h = dt.to(w)[:, None]
-    log_dt = torch.log(dt)
+    tau, log_dt = dt.to(w)[:, None], torch.log(dt)
     here = state.readings | {"lam": a.lam}
-    end = readings or here
-    lam_slopes = [dt * a.rates["dissipated"], dt * b.rates["dissipated"]]
-    rates = [a.log_time_rate + log_dt, b.log_time_rate + log_dt]
     time_slopes = _log_rate_slopes(objective, a, b, dt)
     return Segment(
         w0=state.w,
         w1=w,
-        slope0=h * a.velocity,
-        slope1=h * b.velocity,
+        slope0=tau * a.velocity,
+        slope1=tau * b.velocity,
         readings0=here,
-        readings1=end,
-        lam_slope0=lam_slopes[0],
-        lam_slope1=lam_slopes[1],
-        time_rate0=rates[0],
-        time_rate1=rates[1],
+        readings1=readings or here,
+        lam_slope0=dt * a.rates["dissipated"],
+        lam_slope1=dt * b.rates["dissipated"],
+        time_rate0=a.log_time_rate + log_dt,
+        time_rate1=b.log_time_rate + log_dt,
         time_slope0=time_slopes[0],
         time_slope1=time_slopes[1],
         bend=torch.zeros_like(w),
     )
 
 
-def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: Tensor) -> Float[Tensor, " B"]:
+def log_elapsed_in(
+    objective: Objective, a: Sample, b: Sample, dt: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
     """log of the flow time that a step of ``dt`` units of the clock takes, from the field at both
     ends."""
     slopes = _log_rate_slopes(objective, a, b, dt)

@@ -5,15 +5,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowsim.flow.field import Field, require_smooth
+from flowsim.flow.field import Field, memory_of, require_smooth
+from flowsim.flow.steps import Method, added, begun, first_size
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import pending
 from flowsim.motion.state import State, Status
 from flowsim.problems.objective import Objective
 
+_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+_EXTRAS = ("arclength", "relative", "dissipated", "time")
+
 
 @dataclass(frozen=True)
-class TorchDiffEq:
+class TorchDiffEq(Method):
     """An adaptive solver of torchdiffeq (Chen 2018) by its name there: an independent check of a
     flow.
 
@@ -29,42 +33,19 @@ class TorchDiffEq:
                 f"TorchDiffEq: got {self.name!r}, expected one of {', '.join(_ADAPTIVE)}"
             )
 
-    def solver(self, rtol: float, atol: float) -> "Odeint":
-        """This solver at a tolerance."""
-        return Odeint(self.name, rtol, atol)
-
-
-_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-
-
-@dataclass(frozen=True)
-class Odeint:
-    """A solver of torchdiffeq at a tolerance, behind the verbs of `integrate.Solver`."""
-
-    method: str
-    rtol: float
-    atol: float
-
     def start(self, field: Field, objective: Objective, state: State) -> State:
         require_smooth(field, objective)
         sample = field(objective, state.w)
-        gradients = state.tallies["gradients"] + 1
-        state = replace(
-            state,
-            readings=state.readings | {"lam": sample.lam},
-            tallies=state.tallies | {"gradients": gradients},
-            memory={"log_time_rate": sample.log_time_rate},
-            segment=None,
-        )
-        return state.stopped(sample.dual == 0, Status.STATIONARY)
+        state = begun(objective, state, sample, first_size(state.w, sample))
+        return replace(state, segment=None)
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
         if until.clock != field.clock:
             raise ValueError(
-                f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on {until.clock.name}; "
-                f"try clock=flowsim.clocks.{until.clock.name.upper()}"
+                f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on "
+                f"{until.clock.name}; try clock=flowsim.clocks.{until.clock.name.upper()}"
             )
         for row in pending(state, until).nonzero().flatten().split(1):
             one = self._solve(
@@ -88,9 +69,8 @@ class Odeint:
         options = {"norm": lambda y: y[:P].square().mean().sqrt()}
         status = Status.RUNNING
         try:
-            y = odeint(
-                path, y0, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options
-            )[-1]
+            tolerance = {"rtol": field.rtol, "atol": field.atol}
+            y = odeint(path, y0, span, method=self.name, options=options, **tolerance)[-1]
             tau = span[1]
         except _BudgetSpent:
             tau, y = path.last or (span[0], y0)
@@ -124,21 +104,9 @@ class Odeint:
         readings[field.clock.reading] = shown[
             None
         ].double()  # the clock's own, so that it reaches its target
-        tallies = state.tallies | {
-            "gradients": state.tallies["gradients"] + path.calls + 1,
-            "accepted": state.tallies["accepted"] + path.accepted,
-            "rejected": state.tallies["rejected"] + path.attempted - path.accepted,
-        }
-        return replace(
-            state,
-            w=w,
-            readings=readings,
-            tallies=tallies,
-            memory={"log_time_rate": sample.log_time_rate},
-        )
-
-
-_EXTRAS = ("arclength", "relative", "dissipated", "time")
+        rejected = path.attempted - path.accepted
+        tallies = added(state, gradients=path.calls + 1, accepted=path.accepted, rejected=rejected)
+        return replace(state, w=w, readings=readings, tallies=tallies, memory=memory_of(sample))
 
 
 class _BudgetSpent(Exception):

@@ -370,12 +370,29 @@ def test_a_norm_must_be_an_instance(norm):
         fs.SteepestFlow(norm)
 
 
-@pytest.mark.parametrize("clock", ["lam", None, fs.lam, fs.clocks.STEPS])
+@pytest.mark.parametrize("clock", ["lam", 0, fs.lam, fs.clocks.STEPS])
 def test_a_clock_must_be_one_that_can_be_integrated_against(clock):
     with pytest.raises(
         ValueError, match=r"SteepestFlow: got clock .*try flowsim\.clocks\.ARCLENGTH"
     ):
         fs.SteepestFlow(fs.L2(), clock=clock)
+
+
+@pytest.mark.parametrize(
+    "method", [ROS34PW2, KinkImplicit(), ExactPieces(), MinimisingMovement()], ids=repr
+)
+def test_a_clock_is_refused_by_methods_that_have_one_of_their_own(method):
+    with pytest.raises(ValueError, match="got clock 'lam' for .*, expected none, .*try clock=None"):
+        fs.SteepestFlow(fs.L2(), clock=LAM, method=method)
+
+
+def test_a_clock_is_refused_at_the_start_where_the_method_is_chosen_then():
+    with pytest.raises(ValueError, match="got clock 'arclength' for Rosenbrock.*try clock=None"):
+        fs.SteepestFlow(fs.L2(), clock=ARCLENGTH).start(ONE, W0)
+    rule = fs.SteepestFlow(fs.Lp(3.0), clock=LAM)
+    problem = fs.Problem(fs.Diagonal(1, 2), [[1.0]], [1], fs.exponential)
+    run = fs.simulate(problem, rule, torch.ones(1, 2).double(), until=fs.lam([2.0]), strict=True)
+    assert float(run.final.readings["lam"]) >= 2.0
 
 
 @pytest.mark.parametrize("method", ["euler", "rk4", "tsit5", ""])

@@ -167,7 +167,7 @@ RULES = {
     "l1 normalised descent": (fs.CoordinateDescent(0.05, normalized=True), KINKED),
     "l2 flow": (fs.SteepestFlow(fs.L2()), SMOOTH),
     "l3 flow": (fs.SteepestFlow(fs.Lp(3.0), rtol=1e-4, method=fs.BOSH3), SMOOTH),
-    "l2 flow in lam": (fs.SteepestFlow(fs.L2(), clock=fs.clocks.LAM), SMOOTH),
+    "l2 flow in lam": (fs.SteepestFlow(fs.L2(), clock=fs.clocks.LAM, method=fs.DOPRI5), SMOOTH),
 }
 
 

@@ -10,6 +10,7 @@ each with the direction that is steepest at its own end.
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,8 +21,16 @@ from flowsim.convex.smoothed import supported
 from flowsim.flow.field import Field, Sample, memory_of, sample_of
 from flowsim.flow.movements.convex import ConvexMover, Guess, Movement, Mover
 from flowsim.flow.movements.net import NetMover
-from flowsim.flow.steps import log_elapsed_in, segment_between
-from flowsim.motion.clocks import ARCLENGTH, Target
+from flowsim.flow.steps import (
+    Controller,
+    Method,
+    added,
+    begun,
+    log_elapsed_in,
+    segment_between,
+    stop_if_stuck,
+)
+from flowsim.motion.clocks import ARCLENGTH, Clock, Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State, Status, tree_map
 from flowsim.norms.norm import Norm
@@ -42,31 +51,16 @@ _LAST = (2 - 3 * _GAMMA) / (6 * (1 - _GAMMA))
 _NODES = (1 - _MIDDLE - _LAST, _MIDDLE, _LAST)
 
 
+_CONTROL = Controller(order=3, broken=0.4)
+
+
 @dataclass(frozen=True)
-class MinimisingMovement:
-    """Implicit steps in every norm, ties and all: for convex losses (`Linear` models, `Quadratic`),
-    and for two-layer nets with kinks.
+class MinimisingMovement(Method):
+    """Implicit steps of second order in every norm, ties and all: for convex losses (`Linear`
+    models, `Quadratic`), and for two-layer nets with kinks.
 
     A kink that slides and begins to repel is *released*; both sides are solutions. ``sides``
-    chooses for the first of them, as in `KinkImplicit`."""
-
-    sides: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_sides("MinimisingMovement", self.sides)
-
-    def solver(self, rtol: float, atol: float) -> "ImplicitSteps":
-        return ImplicitSteps(rtol, atol, self.sides)
-
-
-# --------------------------------------------------------------------------------------------------
-# Steps along the flow
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImplicitSteps:
-    """Implicit steps of second order with their own size for each trajectory.
+    chooses for the first of them, as in `KinkImplicit`.
 
     The error e of a step is what its quadrature lacks to third order, with the directions at its
     start, stage and end. A step is accepted where ‖e‖₂ ≤ atol + rtol·‖w‖₂ and, for a loss, |⟨∇Λ,
@@ -74,9 +68,12 @@ class ImplicitSteps:
     taken one by one. A finite minimiser is reached in finite arclength, and the trajectory stops
     there as STATIONARY."""
 
-    rtol: float
-    atol: float
+    own_clock: ClassVar[Clock | None] = ARCLENGTH
+
     sides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_sides("MinimisingMovement", self.sides)
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         rows = [torch.tensor([b], device=state.w.device) for b in range(len(state.w))]
@@ -90,7 +87,6 @@ class ImplicitSteps:
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        field = replace(field, clock=ARCLENGTH)
         for b in state.running.nonzero().flatten():
             row = b[None]
             part, local = objective.select(row), state.select(row)
@@ -121,7 +117,7 @@ class ImplicitSteps:
             way, releases = step.slope0[b], float(state.tallies["releases"][b])
             guess = Guess(way / mover.norm.value(way), step.multipliers0[b], releases)
             one, two = _stages(
-                mover, step.w0[b], eps, guess, mover.aim(self.rtol, self.atol, step.w0[b], eps)
+                mover, step.w0[b], eps, guess, mover.aim(field.rtol, field.atol, step.w0[b], eps)
             )
             if max(one.gap, two.gap) < mover.trusted:
                 local = point.select(b[None])
@@ -146,18 +142,11 @@ class ImplicitSteps:
         size = 1e-3 * rise / dual if dual > 0 else 1.0
         moved = mover.move(state.w[0], size, _guess(state, mover), 1e-9)
         h = h if moved.multipliers is None else moved.ascent[None]
-        sample = replace(field, clock=ARCLENGTH).sample(objective, state.w, lam, h, moved.v[None])
-        state = replace(
-            state,
-            step_size=torch.where(torch.isfinite(state.step_size), state.step_size, size),
-            readings=state.readings | {"lam": sample.lam},
-            tallies=_added(state, gradients=1.0, newton=moved.newton),
-            memory=memory_of(sample) | {"duals": moved.duals[None]},
-            segment=segment_between(
-                objective, state, state.w, sample, sample, torch.zeros_like(state.step_size)
-            ),
-        )
-        return _sliding(state, moved).stopped(sample.dual == 0, Status.STATIONARY)
+        sample = field.sample(objective, state.w, lam, h, moved.v[None])
+        state = replace(state, tallies=added(state, newton=moved.newton))
+        first = torch.full_like(state.step_size, size)
+        state = begun(objective, state, sample, first, {"duals": moved.duals[None]})
+        return _sliding(state, moved).stopped(sample.dual_norm == 0, Status.STATIONARY)
 
     def _step(self, field: Field, mover: Mover, objective: Objective, state: State) -> State:
         """One attempt of one trajectory."""
@@ -165,25 +154,23 @@ class ImplicitSteps:
         guess = Guess(
             first.velocity[0], state.memory["duals"][0], float(state.tallies.get("releases", 0.0))
         )
-        tol = mover.aim(self.rtol, self.atol, state.w[0], eps)
+        tol = mover.aim(field.rtol, field.atol, state.w[0], eps)
         trial = implicit_step(field, mover, objective, state.w[0], first, eps, guess, tol)
         excess = self._excess(field, mover, objective, state, first, trial)
         counts = {"gradients": 2.0, "newton": trial.newton}
-        factor = min(
-            5.0, max(0.4 if math.isinf(excess) else 0.2, 0.9 * max(excess, 1e-10) ** (-1 / 3))
-        )
+        factor = float(_CONTROL.factor(torch.tensor(excess, dtype=torch.float64)))
         if excess > 1:
-            tallies = _added(state, rejected=1.0, **counts)
+            tallies = added(state, rejected=1.0, **counts)
             return self._judged(
-                replace(state, tallies=tallies, step_size=state.step_size * min(factor, 0.9)), trial
+                field, replace(state, tallies=tallies, step_size=state.step_size * factor), trial
             )
-        tallies = _added(state, accepted=1.0, **counts)
+        tallies = added(state, accepted=1.0, **counts)
         tallies["gap"] = tallies["gap"].clamp_min(trial.gap)
         moved = self._moved(objective, replace(state, tallies=tallies), first, trial)
         size = state.step_size * factor
         if objective.degree > 1:
             size = size.minimum(0.2 * field.norm.value(moved.w).double())
-        return self._judged(replace(moved, step_size=size), trial)
+        return self._judged(field, replace(moved, step_size=size), trial)
 
     def _moved(
         self, objective: Objective, state: State, first: Sample, trial: "MovementTrial"
@@ -224,11 +211,11 @@ class ImplicitSteps:
         """The error over its tolerance; infinite where the step is no good."""
         w, e = state.w[0], trial.error
         size = max(float(torch.linalg.vector_norm(w)), float(torch.linalg.vector_norm(trial.w)))
-        excess = float(torch.linalg.vector_norm(e)) / (self.atol + self.rtol * size)
+        excess = float(torch.linalg.vector_norm(e)) / (field.atol + field.rtol * size)
         rise = float(trial.last.lam - first.lam)
         if objective.logarithmic:
             excess = max(
-                excess, abs(float(trial.last.ascent[0] @ e)) / (self.rtol * max(1.0, rise))
+                excess, abs(float(trial.last.ascent[0] @ e)) / (field.rtol * max(1.0, rise))
             )
         before = _soft_margin(field.norm, objective, first.lam, state.w)
         after = _soft_margin(field.norm, objective, trial.last.lam, trial.w[None])
@@ -241,18 +228,12 @@ class ImplicitSteps:
             else math.inf
         )
 
-    def _judged(self, state: State, trial: "MovementTrial") -> State:
+    def _judged(self, field: Field, state: State, trial: "MovementTrial") -> State:
         """The state, stopped if the trajectory cannot go on."""
-        eps = torch.finfo(state.w.dtype).eps
         moved = trial.w[None] == state.w
         state = state.stopped(moved.all(-1) & trial.interior, Status.STATIONARY)
-        stuck = ~(
-            state.step_size > 4 * eps * torch.linalg.vector_norm(state.w, dim=-1) + 1e-3 * self.atol
-        )
         finite = torch.isfinite(trial.w).all() & torch.isfinite(trial.last.lam)
-        return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(
-            stuck, Status.STEP_TOO_SMALL
-        )
+        return stop_if_stuck(state, state.step_size, finite, least=1e-3 * field.atol)
 
 
 @dataclass(frozen=True)
@@ -374,8 +355,4 @@ def _resumes(state: State, mover: Mover, lam: float) -> bool:
         return False
     dual = float(mover.norm.dual(memory["ascent"][0]))
     same = math.isclose(float(state.readings["lam"]), lam, rel_tol=1e-9, abs_tol=1e-12)
-    return same and math.isclose(float(memory["dual"]), dual, rel_tol=1e-6)
-
-
-def _added(state: State, **counts: float) -> dict[str, Tensor]:
-    return state.tallies | {name: state.tallies[name] + count for name, count in counts.items()}
+    return same and math.isclose(float(memory["dual_norm"]), dual, rel_tol=1e-6)

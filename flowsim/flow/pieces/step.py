@@ -15,7 +15,7 @@ selects the corners of the next."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,35 +26,30 @@ from torch import Tensor
 from flowsim.flow.field import Field
 from flowsim.flow.pieces.points import Evaluation, OnPiece, View, as_numpy, following
 from flowsim.flow.pieces.polytope import EPS, Corners
-from flowsim.motion.clocks import Target
+from flowsim.flow.steps import Controller, Method, added
+from flowsim.motion.clocks import ARCLENGTH, Clock, Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State, Status, tree_map
 from flowsim.numerics.quadrature import hermite, log_elapsed, log_mean_exp
 from flowsim.problems.objective import Objective
 
+_CONTROL = Controller(order=4, safety=0.9, least=0.1, most=8.0)
+_AFTER_A_REFUSAL = Controller(order=4, safety=0.8, least=0.1, broken=0.1)
+
 
 @dataclass(frozen=True)
-class ExactPieces:
+class ExactPieces(Method):
     """The method for convex objectives (linear models with any loss, quadratics) in ℓ1, ℓ∞ and
     their maxima over blocks: every step ends on the flow to rounding, whatever ``rtol``, which
     bounds only what is read inside steps.
 
     Where the loss does not determine the flow, as along duplicated features, the shortest velocity
-    in ℓ2 is taken."""
+    in ℓ2 is taken. One step is the rest of a piece, or as much of it as can be read off the step to
+    the tolerance: weights to ``atol + rtol·max|w|``, the level to ``rtol`` and log t to the larger
+    of ``rtol`` and 10⁻³."""
 
-    def solver(self, rtol: float, atol: float) -> "Pieces":
-        return Pieces(rtol, atol)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """One step is the rest of a piece, or as much of it as can be read off the step to the
-    tolerance: weights to ``atol + rtol·max|w|``, the level to ``rtol`` and log t to the larger of
-    ``rtol`` and 10⁻³."""
-
-    rtol: float
-    atol: float
+    own_clock: ClassVar[Clock | None] = ARCLENGTH
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         if state.w.dtype != torch.float64:
@@ -67,7 +62,7 @@ class Pieces:
                 "try SmallStep for the small-step path"
             )
         return _rows(
-            lambda part, row, b: self._begin(View(field, part, row.w), row), objective, state
+            lambda part, row, b: self._begin(field, View(field, part, row.w), row), objective, state
         )
 
     def advance(
@@ -77,12 +72,12 @@ class Pieces:
             view = View(field, part, row.w)
             goal = until.select(torch.tensor([b], device=row.w.device))
             return advance_by_steps(
-                lambda _, local: self._step(view, local), part, row, goal, budget
+                lambda _, local: self._step(field, view, local), part, row, goal, budget
             )
 
         return _rows(run, objective, state)
 
-    def _begin(self, view: View, state: State) -> State:
+    def _begin(self, field: Field, view: View, state: State) -> State:
         """On with the face that the state remembers, or with the one that the face QP selects."""
         spot, ball = Evaluation(view, as_numpy(state.w[0])), view.ball
         if _continues(state, spot):
@@ -94,7 +89,7 @@ class Pieces:
             here = following(
                 OnPiece(spot, Corners(ball, first)), 62 * spot.noise
             )  # all that are equal to rounding
-            state = replace(state, step_size=view.tensor(self._guess(here)))
+            state = replace(state, step_size=view.tensor(self._guess(field, here)))
         still = _Time((-np.inf, -np.inf), (0.0, 0.0), 0.0, -np.inf)
         readings = state.readings | {"lam": view.tensor(spot.lam)}
         tallies = {"events": torch.zeros_like(state.step_size)} | state.tallies
@@ -104,19 +99,19 @@ class Pieces:
         state = replace(
             state, segment=_segment(state, state, here, here, 0.0, still, np.zeros_like(spot.h))
         )
-        return state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+        return state.stopped(state.memory["dual_norm"] == 0, Status.STATIONARY)
 
-    def _guess(self, here: OnPiece) -> float:
+    def _guess(self, field: Field, here: OnPiece) -> float:
         """A length for the first step of a piece: along it the loss weighs the examples in much the
         same way."""
         if not here.spot.view.objective.logarithmic:
             return here.spot.dual / here.bend
         return min(
-            self.rtol**0.25 / here.bend**0.5,
+            field.rtol**0.25 / here.bend**0.5,
             10 * max(1.0, abs(here.spot.lam)) / max(here.spot.dual, 1e-300),
         )
 
-    def _step(self, view: View, state: State) -> State:
+    def _step(self, field: Field, view: View, state: State) -> State:
         """One attempt."""
         here = view.recall(state)
         slack = 2 * here.noise  # what is zero to rounding now may stay so
@@ -125,16 +120,17 @@ class Pieces:
         if end is None:
             return _refused(view, state, ds / 4, here)
         middle = _Middle.of(here, end, ds)
-        excess = middle.excess(end, self.rtol, self.atol)
+        excess = middle.excess(end, field.rtol, field.atol)
         if (middle.clearance < level - 1e-6).any():
             return _refused(view, state, ds / 2, here)
         if not excess <= 1:
-            return _refused(view, state, ds * max(0.1, 0.8 * excess**-0.25), here)
+            factor = _AFTER_A_REFUSAL.factor(torch.tensor(excess, dtype=torch.float64))
+            return _refused(view, state, ds * float(factor), here)
         moved = _moved(state, here, middle, end, ds)
         if over:
             stalled = int(state.memory["stalled"]) + 1 if ds <= 1e-13 * end.spot.size else 0
             end = following(end, level)
-            size, tallies = self._guess(end), _plus(moved.tallies, events=1)
+            size, tallies = self._guess(field, end), added(moved, events=1)
             moved = replace(moved, memory=_memory(end, stalled), tallies=tallies)
             # more pieces of no length than there are corners: the choice goes round in rounding
             # errors
@@ -142,7 +138,7 @@ class Pieces:
                 moved.memory["stalled"] > 20 + 2 * len(here.spot.w), Status.STEP_TOO_SMALL
             )
         else:
-            size = ds * min(8.0, 0.9 * max(excess, 1e-8) ** -0.25)
+            size = ds * float(_CONTROL.factor(torch.tensor(excess, dtype=torch.float64)))
             moved = replace(moved, memory=_memory(end, 0))
         view.last = end
         return _judged(_counted(view, replace(moved, step_size=view.tensor(size))), end)
@@ -309,7 +305,7 @@ def _continues(state: State, spot: Evaluation) -> bool:
 
 def _memory(at: OnPiece, stalled: int) -> dict[str, Tensor]:
     rows = {"face": at.face.code, "velocity": at.u, "ascent": at.spot.h}
-    numbers = {"dual": at.spot.dual, "stalled": float(stalled)}
+    numbers = {"dual_norm": at.spot.dual, "stalled": float(stalled)}
     tensor = at.spot.view.tensor
     return {name: tensor(row) for name, row in rows.items()} | {
         name: tensor(x) for name, x in numbers.items()
@@ -335,15 +331,13 @@ def _moved(state: State, here: OnPiece, middle: _Middle, end: OnPiece, ds: float
     readings["log_time"] = torch.logaddexp(
         state.readings["log_time"], tensor(middle.time.log_elapsed)
     )
-    moved = replace(
-        state, w=tensor(b.w), readings=readings, tallies=_plus(state.tallies, accepted=1)
-    )
+    moved = replace(state, w=tensor(b.w), readings=readings, tallies=added(state, accepted=1))
     return replace(moved, segment=_segment(state, moved, here, end, ds, middle.time, middle.bend))
 
 
 def _refused(view: View, state: State, size: float, here: OnPiece) -> State:
     view.last = here
-    state = replace(state, step_size=view.tensor(size), tallies=_plus(state.tallies, rejected=1))
+    state = replace(state, step_size=view.tensor(size), tallies=added(state, rejected=1))
     return _judged(_counted(view, state), here)
 
 
@@ -367,11 +361,7 @@ def _judged(state: State, at: OnPiece) -> State:
 
 def _counted(view: View, state: State) -> State:
     count, view.gradients = view.gradients, 0
-    return replace(state, tallies=_plus(state.tallies, gradients=count))
-
-
-def _plus(tallies: dict[str, Tensor], **counts: float) -> dict[str, Tensor]:
-    return tallies | {name: tallies[name] + count for name, count in counts.items()}
+    return replace(state, tallies=added(state, gradients=count))
 
 
 def _segment(

@@ -21,6 +21,7 @@ All linear algebra is in sample space and per neuron: nothing P × P is formed.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,8 +31,18 @@ from flowsim.convex import box as boxqp
 from flowsim.convex.box import Solution
 from flowsim.flow.field import Field, Sample, memory_of, sample_of
 from flowsim.flow.sliding.forces import ActivePairs, GaussNewton, KinkCoupling, Metric
-from flowsim.flow.steps import count_attempt, log_elapsed_in, segment_between
-from flowsim.motion.clocks import GRADIENT, Target
+from flowsim.flow.steps import (
+    Controller,
+    Method,
+    begun,
+    count_attempt,
+    length,
+    log_elapsed_in,
+    segment_between,
+    stop_if_stuck,
+    without_size,
+)
+from flowsim.motion.clocks import GRADIENT, Clock, Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State, Status
 from flowsim.problems.kinks import NetAt, TwoLayer, release_sides, require_sides
@@ -40,23 +51,7 @@ from flowsim.problems.problem import Problem
 
 GAMMA = 1 - 0.5**0.5
 
-
-@dataclass(frozen=True)
-class KinkImplicit:
-    """The method for two-layer nets with kinks in a quadratic norm; see the module.
-
-    Where the outer weights of a neuron change sign, its sliding pairs become repelling and are
-    *released*; both sides are solutions. The n-th release takes the side ``sides[n]``, 0 for z < 0
-    and 1 for z > 0; those for which nothing is asked take the side whose multiplier is nearer
-    (`kinks.taken`)."""
-
-    sides: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_sides("KinkImplicit", self.sides)
-
-    def solver(self, rtol: float, atol: float) -> "Sliding":
-        return Sliding(rtol, atol, self.sides)
+_CONTROL = Controller(order=2, safety=0.8, most=3.0, retry=0.7)
 
 
 @dataclass(frozen=True)
@@ -74,18 +69,26 @@ class SlidingTrial:
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """`KinkImplicit` with its tolerances, as a solver of `integrate`.
+class KinkImplicit(Method):
+    """The method for two-layer nets with kinks in a quadratic norm; see the module.
 
     The step size kept in a state is relative arclength. A step is accepted where the results of
     first and second order differ by at most ``atol + rtol·‖w‖``, their margins by at most 100·rtol
     in standard deviation under the softmax weights, ∫‖h‖_*² dτ and the rise of Λ by at most
     ``rtol·(½ + rise/10)``, and where neither Λ nor the soft margin falls. The error of the result,
-    which is the one of second order, is smaller."""
+    which is the one of second order, is smaller.
 
-    rtol: float
-    atol: float
+    Where the outer weights of a neuron change sign, its sliding pairs become repelling and are
+    *released*; both sides are solutions. The n-th release takes the side ``sides[n]``, 0 for z < 0
+    and 1 for z > 0; those for which nothing is asked take the side whose multiplier is nearer
+    (`kinks.taken`)."""
+
+    own_clock: ClassVar[Clock | None] = GRADIENT
+
     sides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_sides("KinkImplicit", self.sides)
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         problem, metric = _required(objective, field)
@@ -96,46 +99,27 @@ class Sliding:
         given = _sides(net, point, given)
         stuck = (_at_kink(net, point) | _between(given)) & net.distinct
         multipliers, h = self._selected(metric, net, point, given, stuck)
-        sample = replace(field, clock=GRADIENT).sample(
-            problem, state.w, point.lam, h, metric.norm.steepest(h)
-        )
-        count = torch.ones_like(state.step_size)
-        extra = {
-            name: state.tallies.get(name, torch.zeros_like(count))
-            for name in ("sliding", "releases")
-        }
-        sliding = _count(_between(multipliers))
-        still = segment_between(problem, state, state.w, sample, sample, torch.zeros_like(count))
-        state = replace(
-            state,
-            # step sizes of other methods are on other clocks
-            step_size=state.step_size
-            if "paused" in state.memory
-            else torch.full_like(state.step_size, 1e-3),
-            readings=state.readings | {"lam": sample.lam},
-            tallies=state.tallies
-            | extra
-            | {"gradients": state.tallies["gradients"] + count, "sliding": sliding},
-            memory=memory_of(sample)
-            | {"paused": torch.zeros_like(count), "tau": torch.zeros_like(count)},
-            multipliers=multipliers.flatten(1),
-            segment=replace(
-                still, multipliers0=multipliers.flatten(1), multipliers1=multipliers.flatten(1)
-            ),
-        )
-        return state.stopped(sample.dual == 0, Status.STATIONARY)
+        u = metric.norm.steepest(h)
+        sample = field.sample(problem, state.w, point.lam, h, u)
+        zero = torch.zeros_like(state.step_size)
+        counts = {name: state.tallies.get(name, zero) for name in ("sliding", "releases")}
+        counts["sliding"] = _count(_between(multipliers))
+        state = replace(state, tallies=state.tallies | counts, multipliers=multipliers.flatten(1))
+        if "tau" not in state.memory:
+            state = without_size(state)
+        state = begun(problem, state, sample, torch.full_like(zero, 1e-3), {"tau": zero})
+        return _with_kinks(state, state.multipliers)
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
         problem, metric = _required(objective, field)
-        inner = replace(field, clock=GRADIENT)
         # one trajectory at a time: sets of kinks differ, and padding to the largest would round by
         # batch-mates
         for row in torch.arange(len(state.w), device=state.w.device).split(1):
             part, begun = problem.select(row), state.select(row)
             local = advance_by_steps(
-                lambda p, s: self._step(inner, metric, p, s), part, begun, until.select(row), budget
+                lambda p, s: self._step(field, metric, p, s), part, begun, until.select(row), budget
             )
             if bool((local.readings["steps"] > begun.readings["steps"]).all()):
                 local = _readable(metric, part, local)
@@ -146,7 +130,7 @@ class Sliding:
         """One attempt of every trajectory."""
         net, first = problem.two_layer(len(state.w)), sample_of(state)
         size = metric.norm.value(state.w).double()
-        tau = state.step_size * size / first.dual
+        tau = state.step_size * size / first.dual_norm
         trial = self._tried(metric, net, state, first, tau)
         point = net.at(trial.w)
         released = trial.stuck & (point.jump >= 0) & ~trial.released
@@ -157,39 +141,26 @@ class Sliding:
         multipliers, h = self._selected(metric, net, point, given, trial.stuck)
         last = field.sample(problem, trial.w, point.lam, h, metric.norm.steepest(h))
         moved = self._moved(problem, metric, state, trial, (first, last), tau)
-        excess = self._excess(problem, metric, state, trial, point, moved)
+        excess = self._excess(field, problem, metric, state, trial, point, moved)
         accepted = excess <= 1
         assert state.multipliers is not None
         state = count_attempt(state, accepted, gradients=2)
         gained = {"sliding": _count(_between(multipliers)), "releases": before + _count(released)}
         moved = replace(moved, multipliers=multipliers.flatten(1), tallies=state.tallies | gained)
-        assert moved.segment is not None
-        step = replace(
-            moved.segment, multipliers0=state.multipliers, multipliers1=moved.multipliers
-        )
-        moved = replace(moved, segment=step)
+        moved = _with_kinks(moved, state.multipliers)
         state = moved.where(accepted, state)
         # too little to be seen in the level
-        floor = tau * first.dual**2 <= 16 * torch.finfo(state.w.dtype).eps * (1 + first.lam.abs())
+        floor = tau * first.dual_norm**2 <= 16 * torch.finfo(state.w.dtype).eps * (
+            1 + first.lam.abs()
+        )
         state = state.stopped(~accepted & floor & torch.isfinite(last.lam), Status.PRECISION_FLOOR)
-        return self._judged(state, excess)
+        return self._resized(state, excess)
 
-    def _judged(self, state: State, excess: Tensor) -> State:
+    def _resized(self, state: State, excess: Tensor) -> State:
         """The next step size, and trajectories stopped that cannot go on."""
-        accepted = excess <= 1
-        # no growth right after a rejection
-        most = torch.where(state.memory["paused"] > 0, 1.0, 3.0)
-        factor = (0.8 * excess.clamp_min(1e-10) ** -0.5).clamp_min(0.2).minimum(most)
-        factor = torch.where(accepted, factor, factor.clamp_max(0.7))
-        step_size = (state.step_size * factor).clamp_max(0.5)
-        state = replace(
-            state, step_size=step_size, memory=state.memory | {"paused": (~accepted).double()}
-        )
-        state = state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
-        stuck = ~(step_size > 4 * torch.finfo(state.w.dtype).eps)
-        return state.stopped(stuck & ~torch.isfinite(excess), Status.NONFINITE).stopped(
-            stuck, Status.STEP_TOO_SMALL
-        )
+        step_size = (state.step_size * _CONTROL.factor(excess)).clamp_max(0.5)
+        state = replace(state, step_size=step_size)
+        return stop_if_stuck(state, step_size * length(state.w), torch.isfinite(excess))
 
     def _tried(
         self, metric: Metric, net: TwoLayer, state: State, first: Sample, tau: Tensor
@@ -306,7 +277,7 @@ class Sliding:
         def mean(start: Tensor, inner: Tensor, end: Tensor) -> Tensor:
             return tau * (start + 4 * inner + end) / 6
 
-        rates = [a.dual, speed, b.dual]
+        rates = [a.dual_norm, speed, b.dual_norm]
         gained = {
             "arclength": mean(*rates),
             "relative": mean(*(rate / size for rate, size in zip(rates, sizes, strict=True))),
@@ -319,12 +290,13 @@ class Sliding:
             state,
             w=trial.w,
             readings=readings,
-            memory=memory_of(b) | {"paused": torch.zeros_like(tau), "tau": tau},
+            memory=memory_of(b) | {"tau": tau},
             segment=segment_between(problem, state, trial.w, a, b, tau, readings),
         )
 
     def _excess(
         self,
+        field: Field,
         problem: Problem,
         metric: Metric,
         state: State,
@@ -334,7 +306,9 @@ class Sliding:
     ) -> Float[Tensor, " B"]:
         """The error over its tolerance; infinite where the step cannot be right."""
         size = metric.norm.value(trial.w).double()
-        direction = metric.norm.value(trial.w - trial.w1).double() / (self.atol + self.rtol * size)
+        direction = metric.norm.value(trial.w - trial.w1).double() / (
+            field.atol + field.rtol * size
+        )
         root = problem.loss.curvature(point.outputs, point.net.y)
         logits = (root.mT @ (point.outputs - trial.outputs1).flatten(1)[..., None]).flatten(1)
         rise = moved.readings["lam"] - state.readings["lam"]
@@ -342,8 +316,8 @@ class Sliding:
         excess = torch.stack(
             [
                 direction,
-                torch.linalg.vector_norm(logits, dim=-1).double() / (100 * self.rtol),
-                (spent - rise).abs() / (self.rtol * (0.5 + 0.1 * rise.abs())),
+                torch.linalg.vector_norm(logits, dim=-1).double() / (100 * field.rtol),
+                (spent - rise).abs() / (field.rtol * (0.5 + 0.1 * rise.abs())),
             ]
         ).amax(0)
         good = (
@@ -416,6 +390,14 @@ def _readable(metric: Metric, problem: Problem, state: State) -> State:
 
     slopes = [slope - stiff(stiff(stiff(slope))) for slope in (step.slope0, step.slope1)]
     return replace(state, segment=replace(step, slope0=slopes[0], slope1=slopes[1]))
+
+
+def _with_kinks(state: State, before: Tensor | None) -> State:
+    """The state whose last step knows the kinks at both its ends."""
+    if state.segment is None:
+        return state
+    step = replace(state.segment, multipliers0=before, multipliers1=state.multipliers)
+    return replace(state, segment=step)
 
 
 def _share(force: Tensor, upper: Tensor) -> Tensor:

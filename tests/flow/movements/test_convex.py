@@ -323,7 +323,7 @@ def test_a_state_of_another_norm_is_begun_anew():
     ).final
     state = flow(fs.Nuclear(), 1e-2).start(problem, there)
     bound = fs.Nuclear().bind(problem.layout)
-    torch.testing.assert_close(state.memory["dual"], bound.dual(problem.ascent(there.w)[1]))
+    torch.testing.assert_close(state.memory["dual_norm"], bound.dual(problem.ascent(there.w)[1]))
     run = fs.simulate(problem, flow(fs.Nuclear(), 1e-2), there, until=fs.lam(8.0, 2), strict=True)
     assert float(run.final.readings["lam"]) >= 8
 

@@ -13,8 +13,9 @@ from scipy.optimize import lsq_linear
 from scipy.special import expi, log_expit, logsumexp, softmax
 
 import flowsim as fs
-from flowsim.flow.sliding.step import KinkImplicit, Sliding
-from flowsim.motion.clocks import LAM, STEPS, Target
+from flowsim.flow.field import Field
+from flowsim.flow.sliding.step import KinkImplicit
+from flowsim.motion.clocks import GRADIENT, LAM, STEPS, Target
 
 LOG10 = math.log(10)
 
@@ -482,22 +483,21 @@ def test_rotated_inputs_and_permuted_neurons_have_the_same_path():
 # Order
 
 
-class Fixed(Sliding):
+class Fixed(KinkImplicit):
     """Steps of one size."""
 
-    def _excess(self, problem, metric, state, trial, point, moved):
+    def _excess(self, field, problem, metric, state, trial, point, moved):
         return torch.zeros_like(state.step_size)
 
-    def _judged(self, state, excess):
+    def _resized(self, state, excess):
         return state
 
 
 def fixed_steps(problem, state, size, count):
     """The state after ``count`` steps, each of relative arclength ``size``."""
-    rule = fs.SteepestFlow(fs.L2())
     state = replace(state, step_size=torch.full_like(state.step_size, size))
     until = Target(STEPS, state.readings["steps"] + count)
-    return Fixed(1e-3, 1e-12).advance(rule._field(problem), problem, state, until, count)
+    return Fixed().advance(Field(fs.L2(), GRADIENT), problem, state, until, count)
 
 
 def at_level(before, after, level):
@@ -505,7 +505,7 @@ def at_level(before, after, level):
     first, last = (float(s.readings["lam"]) for s in (before, after))
     rise, u = last - first, (level - first) / (last - first)
     start, end = (
-        rise * s.memory["ascent"] / s.memory["dual"][:, None] ** 2 for s in (before, after)
+        rise * s.memory["ascent"] / s.memory["dual_norm"][:, None] ** 2 for s in (before, after)
     )
     gap = after.w - before.w
     return before.w + u * (start + u * ((3 * gap - 2 * start - end) + u * (start + end - 2 * gap)))
@@ -653,7 +653,7 @@ def test_alignment_pays_for_the_growth_of_the_margin():
     states = [s for s in long_walk() if float(s.readings["lam"]) > 0]
     size = np.array([float(s.w.norm()) for s in states])
     alpha = (
-        np.array([float((s.w * s.memory["ascent"]).sum() / s.memory["dual"]) for s in states])
+        np.array([float((s.w * s.memory["ascent"]).sum() / s.memory["dual_norm"]) for s in states])
         / size
     )
     relative, log_margin = column(states, "relative"), np.log(column(states, "lam") / size**2)
@@ -710,7 +710,7 @@ def test_sliding_pairs_stay_on_their_kinks_and_their_gradient_is_the_least():
     h = last.memory["ascent"][0].numpy()
     scale = np.linalg.norm(h)
     assert h[: width * 20].reshape(width, 20) == pytest.approx(expected, abs=1e-7 * scale)
-    assert float(last.memory["dual"]) == pytest.approx(scale, rel=1e-12)
+    assert float(last.memory["dual_norm"]) == pytest.approx(scale, rel=1e-12)
     assert float(problem.ascent(last.w)[1].norm()) > 1.005 * scale
 
 
