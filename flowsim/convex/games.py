@@ -1,17 +1,17 @@
-r"""Matrix games between a point of a norm's unit ball and weights of rows, each with its certificate.
+r"""Matrix games between a point of a norm's unit ball and weights of rows, with their certificates.
 
 How far one gets inside the ball,
 
-    τ* = max { τ : ‖w‖ ≤ 1,  Zw ≥ τ b  or  Zw = τ b } = min { ‖Zᵀp‖_* : ⟨p, b⟩ = 1 },      p ≥ 0 for ≥
+    τ* = max { τ : ‖w‖ ≤ 1,  Zw ≥ τ b  or  Zw = τ b } = min { ‖Zᵀp‖_* : ⟨p, b⟩ = 1,  p ≥ 0 for ≥ },
 
 and for b = 1 that is max over w of min over p of pᵀZw, p on the simplex. By weak duality every
 such p bounds what any w can reach. So a solver need not be believed: results hold its w and p,
 scaled to be feasible, and what these two achieve.
 
-    norm                                    programme                                   solver
-    ℓ1, ℓ∞                                  linear                                      HiGHS, in SciPy
-    quadratic: ℓ2, Mahalanobis, …           the point of a hull nearest to the origin   nnls, in SciPy
-    spectral, nuclear, ℓp, block norms      conic                                       Clarabel
+    norm                                 programme                                solver
+    ℓ1, ℓ∞                               linear                                   HiGHS, in SciPy
+    quadratic: ℓ2, Mahalanobis, …        the point of a hull nearest to zero      nnls, in SciPy
+    spectral, nuclear, ℓp, block norms   conic                                    Clarabel
 """
 
 from collections.abc import Callable

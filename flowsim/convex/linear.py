@@ -1,5 +1,5 @@
-r"""A linear function over the unit ball of a norm, under linear rows; the one linear programme of the
-package.
+r"""A linear function over the unit ball of a norm, under linear rows; the one linear programme of
+the package.
 
     maximise ⟨goal, x⟩   over x = (u, y),   ‖u‖ ≤ 1,   y ≥ lowest,   rows·x ≤ 0 (or = 0).
 

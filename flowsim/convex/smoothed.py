@@ -49,10 +49,10 @@ class Curve:
     along: Tensor
 
 
-def supported(norm: Norm) -> bool:
+def supports_smoothing(norm: Norm) -> bool:
     """Whether `smoothed_dual` knows the norm."""
     if isinstance(norm, Max | Sum | Euclidean):
-        return all(supported(part) for part in norm._norms())
+        return all(supports_smoothing(part) for part in norm._norms())
     return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
 
 

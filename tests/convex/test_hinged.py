@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import flowsim as fs
-from flowsim.convex.balls import ball_of
-from flowsim.convex.hinged import Programme, solve_hinged
+from flowsim.convex.hinged import solve_hinged
+from flowsim.convex.programme import Programme
 
 BALLS = {
     "l1": fs.L1(),
@@ -65,13 +65,17 @@ def programme(norm, n, d, m, temperature, seed, *, eps=0.3, curb=0.0, twins=Fals
 
 
 def optimum(task, norm, tol=1e-9):
-    return solve_hinged(task, norm, lambda g, mu: ball_of(norm, g, mu), tol)
+    return solve_hinged(task, norm, tol)
 
 
 def primal(task, v):
     """The programme's objective in plain numpy."""
     blocks = task.blocked(v)
-    q = task.offset + task.rows(blocks) - task.taken((task.z + task.along(blocks)).clamp_min(0))
+    q = (
+        task.offset
+        + task.rows(blocks)
+        - task.hinge_loss((task.z + task.along(blocks)).clamp_min(0))
+    )
     step = blocks - task.centre
     bent = 0.5 * torch.einsum("ja,jab,jb->", step, task.curb, step)
     return float(task.temperature * torch.logsumexp(-q / task.temperature, 0) + bent)

@@ -6,7 +6,7 @@ import torch
 
 import flowsim as fs
 from flowsim.convex.in_ball import minimise_in_ball
-from flowsim.convex.smoothed import HalfSquare, SoftMaximum, smoothed_dual, supported
+from flowsim.convex.smoothed import HalfSquare, SoftMaximum, smoothed_dual, supports_smoothing
 from flowsim.layout import lay_out
 
 LAYOUT = lay_out({"A": (3, 4)})
@@ -90,9 +90,9 @@ def test_only_known_norms_are_supported():
         ties = False
         value = dual = steepest = _nearest = lambda self, v: v
 
-    assert supported(Own())
-    assert not supported(Other())
-    assert not supported(fs.Max(Other()))
+    assert supports_smoothing(Own())
+    assert not supports_smoothing(Other())
+    assert not supports_smoothing(fs.Max(Other()))
 
 
 @pytest.mark.parametrize("temperature", [1e3, 1.0, 1e-2, 1e-5])

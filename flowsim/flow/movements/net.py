@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.convex.balls import ball_of
-from flowsim.convex.hinged import Iterate, Optimum, Programme, solve_hinged
+from flowsim.convex.hinge_newton import HingedIterate
+from flowsim.convex.hinged import Optimum, solve_hinged
+from flowsim.convex.programme import Programme
 from flowsim.flow.movements.convex import Guess, Movement, linear_reading, touching
 from flowsim.norms.norm import Norm
 from flowsim.problems.kinks import NetAt, release_sides
@@ -108,11 +109,9 @@ class NetMover:
             w, torch.zeros_like(w), given.flatten(), gap, 0.0, point.lam[0], h, given.flatten()
         )
 
-    def _solve(self, model: _Model, tol: float, start: Iterate | None) -> Optimum:
+    def _solve(self, model: _Model, tol: float, start: HingedIterate | None) -> Optimum:
         """The optimum of a model, begun anew where an old iterate leads nowhere."""
-        found = solve_hinged(
-            model.programme, self.norm, lambda g, mu: ball_of(self.norm, g, mu), tol, start
-        )
+        found = solve_hinged(model.programme, self.norm, tol, start)
         if found.gap > tol and start is not None:
             return self._solve(model, tol, None)
         return found
@@ -134,7 +133,7 @@ class NetMover:
         slope, kinks, ends = self._rows(point, slopes, live, scale[:, None] * self._signs)
         programme = Programme(
             x=self.net.x[0],
-            of=self._of,
+            example_of=self._of,
             slope=slope * (eps / unit),
             ends=ends * (eps / unit),
             kinks=kinks * (eps / unit),
@@ -147,7 +146,7 @@ class NetMover:
         )
         # at the guess the model's margins are those of the net
         hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / eps
-        offset = programme.offset - programme.rows(programme.centre) + programme.taken(hinges)
+        offset = programme.offset - programme.rows(programme.centre) + programme.hinge_loss(hinges)
         return _Model(replace(programme, offset=offset - offset.amin()), unit, live)
 
     def _rows(
@@ -194,7 +193,7 @@ class NetMover:
         v = model.programme.flat(found.v)
         end = w + eps * v
         point = self.net.at(end[None])
-        limit = model.programme.limit(found.p)
+        limit = model.programme.largest_force(found.p)
         share = torch.where(limit > 0, found.f / limit.clamp_min(1e-300), 0.0).clamp(0, 1).mT
         z, jump = point.z[0], point.jump[0]
         # of force and distance one is rounding

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.convex.balls import knows
-from flowsim.convex.smoothed import supported
+from flowsim.convex.balls import supports_ball
+from flowsim.convex.smoothed import supports_smoothing
 from flowsim.flow.field import Field, Sample, memory_of, sample_of
 from flowsim.flow.movements.convex import ConvexMover, Guess, Movement, Mover
 from flowsim.flow.movements.net import NetMover
@@ -300,13 +300,13 @@ def mover_of(
 ) -> Mover:
     """Movements of this objective in a bound norm; raises ValueError where there are none."""
     if objective.kinks and isinstance(objective, Problem):
-        if not knows(norm):
+        if not supports_ball(norm):
             raise ValueError(
                 f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a quadratic norm "
                 "for a net with kinks; try flowsim.SmallStep for the small-step path"
             )
         return NetMover(norm, objective, w, sides)
-    if not supported(norm):
+    if not supports_smoothing(norm):
         raise ValueError(
             f"MinimisingMovement does not know the norm {norm.name!r}; try a norm of flowsim"
         )

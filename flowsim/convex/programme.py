@@ -1,0 +1,105 @@
+"""One step of a flow of a net with kinks as a convex programme.
+
+    minimise  T log Σ_r exp(−q_r/T) + ½(v − c)ᵀC(v − c),     q = b + Av − Ks,
+    over      ‖v‖ ≤ 1,  s ≥ 0,  s ≥ z + Ev.
+
+A row r is a margin, T log Σ exp its soft minimum. The hinges s are the activations of the pairs
+(neuron j, example i) whose kinks attract: Ks is what they take from the margins. C curbs v where
+the margins are better known than their curvature. The dual unknowns are the softmax weights p of
+the rows and the forces 0 ≤ f ≤ Kᵀp of the hinges; f/Kᵀp is the multiplier of a kink in Clarke's
+gradient, and v is steepest for g = Aᵀp − Eᵀf − C(v − c).
+
+Weights are laid out per neuron, ``v (m, D)`` with D = d + C: its d inner weights, then its C outer
+ones. Each row belongs to an example. All matrices are of the size of a neuron or of the number of
+rows: nothing P × P is formed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Programme:
+    """The data: see the module. With examples ``x (N, d)``, and that of each row in ``example_of``,
+
+        (Av)_r = Σ_j slope_jr ⟨x_example(r), w_j⟩ + Σ_jc ends_jcr a_cj,
+        (Ks)_r = Σ_j kinks_jr s_j,example(r),   (Ev)_ji = ⟨x_i, w_j⟩,
+
+    and K vanishes where no hinge is ``live``.
+    """
+
+    x: Float[Tensor, "N d"]
+    example_of: Int[Tensor, " R"]
+    slope: Float[Tensor, "m R"]
+    ends: Float[Tensor, "m C R"]
+    kinks: Float[Tensor, "m R"]
+    live: Bool[Tensor, "m N"]
+    z: Float[Tensor, "m N"]
+    offset: Float[Tensor, " R"]
+    temperature: float
+    curb: Float[Tensor, "m D D"]
+    centre: Float[Tensor, "m D"]
+
+    @property
+    def inputs(self) -> int:
+        return self.x.shape[1]
+
+    @cached_property
+    def row_inputs(self) -> Float[Tensor, "d R"]:
+        """The inputs of the rows."""
+        return self.x[self.example_of].mT.contiguous()
+
+    @cached_property
+    def same_example(self) -> Float[Tensor, "R R"]:
+        """1 for rows of the same example."""
+        return (self.example_of[:, None] == self.example_of).to(self.x)
+
+    def rows(self, v: Float[Tensor, "m D"]) -> Float[Tensor, " R"]:
+        """Av."""
+        along = (v[:, : self.inputs] @ self.x.mT)[:, self.example_of]
+        outer = torch.einsum("jcr,jc->r", self.ends, v[:, self.inputs :])
+        return (self.slope * along).sum(0) + outer
+
+    def columns(self, p: Float[Tensor, " R"]) -> Float[Tensor, "m D"]:
+        """Aᵀp."""
+        return torch.cat([(self.slope * p) @ self.row_inputs.mT, self.ends @ p], 1)
+
+    def along(self, v: Float[Tensor, "m D"]) -> Float[Tensor, "m N"]:
+        """Ev where hinges are live, 0 elsewhere."""
+        return torch.where(self.live, v[:, : self.inputs] @ self.x.mT, 0.0)
+
+    def forces_on_weights(self, f: Float[Tensor, "m N"]) -> Float[Tensor, "m D"]:
+        """Eᵀf."""
+        return torch.nn.functional.pad(f @ self.x, (0, self.ends.shape[1]))
+
+    def hinge_loss(self, s: Float[Tensor, "m N"]) -> Float[Tensor, " R"]:
+        """Ks, what the hinges take from the margins."""
+        return (self.kinks * s[:, self.example_of]).sum(0)
+
+    def largest_force(self, p: Float[Tensor, " R"]) -> Float[Tensor, "m N"]:
+        """Kᵀp."""
+        return torch.zeros_like(self.z).index_add_(1, self.example_of, self.kinks * p)
+
+    def margins(self, v: Float[Tensor, "m D"], s: Float[Tensor, "m N"]) -> Float[Tensor, " R"]:
+        """q = b + Av − Ks."""
+        return self.offset + self.rows(v) - self.hinge_loss(s)
+
+    def curbed(self, v: Float[Tensor, "m D"]) -> Float[Tensor, "m D"]:
+        """Cv."""
+        return (self.curb @ v[..., None])[..., 0]
+
+    def gradient(self, p: Tensor, f: Tensor, v: Tensor) -> Float[Tensor, "m D"]:
+        """g = Aᵀp − Eᵀf − C(v − c)."""
+        return self.columns(p) - self.forces_on_weights(f) - self.curbed(v - self.centre)
+
+    def flat(self, v: Float[Tensor, "m D"]) -> Float[Tensor, " P"]:
+        """The weights in the order of a net: all inner ones, then the outer ones."""
+        return torch.cat([v[:, : self.inputs].flatten(), v[:, self.inputs :].mT.flatten()])
+
+    def blocked(self, v: Float[Tensor, " P"]) -> Float[Tensor, "m D"]:
+        """`flat`, undone."""
+        m, d = len(self.z), self.inputs
+        return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)
