@@ -7,7 +7,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 import numpy as np
 import tomli_w
@@ -15,12 +15,22 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from flowsim.diagnostics import observers as diagnostics
-from flowsim.experiment.sections import AnyRule, Dissipation, Flow, Part, Until, Whole
+from flowsim.diagnostics.observers import standard
+from flowsim.experiment.sections import (
+    AnyRule,
+    Count,
+    Dissipation,
+    Flow,
+    Moving,
+    NotNegative,
+    Part,
+    Until,
+    Whole,
+)
+from flowsim.motion.clocks import SavePlan
 from flowsim.motion.rule import Rule
 from flowsim.motion.state import Status
 from flowsim.nets import activations
-from flowsim.nets.activations import leaky_relu
 from flowsim.nets.frozen import Frozen
 from flowsim.nets.function import Diagonal
 from flowsim.nets.mlp import MLP
@@ -37,12 +47,15 @@ from flowsim.study.comparison import Comparison, compare
 # --------------------------------------------------------------------------------------------------
 
 
+Drawn: TypeAlias = tuple[Data, Data | None]  # the training set, and the test set where there is one
+
+
 class Digits(Part):
     kind: Literal["digits"]
     classes: list[int] = Field([3, 6])
     n: Whole = 100
 
-    def draw(self, seeds: list[int]) -> tuple[Data, Data | None]:
+    def draw(self, seeds: list[int]) -> Drawn:
         return (
             data.digits(self.classes, self.n, seed=seeds),
             data.digits(self.classes, self.n, seed=seeds, part="test"),
@@ -53,9 +66,9 @@ class Gaussian(Part):
     kind: Literal["gaussian_separable"]
     n: Whole = 100
     d: Whole = 20
-    margin: Annotated[float, Field(ge=0)] = 0.1
+    margin: NotNegative = 0.1
 
-    def draw(self, seeds: list[int]) -> tuple[Data, Data | None]:
+    def draw(self, seeds: list[int]) -> Drawn:
         return data.gaussian_separable(self.n, self.d, margin=self.margin, seed=seeds), None
 
 
@@ -65,18 +78,13 @@ class TeacherStudent(Part):
     d: Whole = 232
     teacher_width: Whole = 64
     active: Whole = 3
-    test: Annotated[int, Field(ge=0)] = 1000
+    test: Count = 1000
 
-    def draw(self, seeds: list[int]) -> tuple[Data, Data | None]:
-        both = data.teacher_student(
-            self.n + self.test,
-            self.d,
-            teacher_width=self.teacher_width,
-            active=self.active,
-            seed=seeds,
-        )
-        train = Data(both.x[:, : self.n], both.y[:, : self.n])
-        return train, Data(both.x[:, self.n :], both.y[:, self.n :]) if self.test else None
+    def draw(self, seeds: list[int]) -> Drawn:
+        n, teacher = self.n, {"teacher_width": self.teacher_width, "active": self.active}
+        x, y = data.teacher_student(n + self.test, self.d, seed=seeds, **teacher)
+        test = Data(x[:, n:], y[:, n:]) if self.test else None
+        return Data(x[:, :n], y[:, :n]), test
 
 
 class Arrays(Part):
@@ -85,7 +93,7 @@ class Arrays(Part):
     kind: Literal["npz"]
     path: Path
 
-    def draw(self, seeds: list[int]) -> tuple[Data, Data | None]:
+    def draw(self, seeds: list[int]) -> Drawn:
         with np.load(self.path, allow_pickle=False) as arrays:
             if not {"X", "y"} <= set(arrays.files):
                 raise ValueError(
@@ -102,12 +110,10 @@ class FeedForward(Part):
     frozen: list[str] = Field([])
 
     def build(self, inputs: int, outputs: int) -> Net:
-        chosen = (
-            leaky_relu(self.slope)
-            if self.activation == "leaky_relu"
-            else getattr(activations, self.activation)
-        )
-        return MLP([inputs, *self.hidden, outputs], activation=chosen)
+        activation = getattr(activations, self.activation)
+        if self.activation == "leaky_relu":
+            activation = activation(self.slope)
+        return MLP([inputs, *self.hidden, outputs], activation=activation)
 
 
 class DiagonalNet(Part):
@@ -121,12 +127,15 @@ class DiagonalNet(Part):
 
 
 class Init(Part):
-    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    scale: NotNegative = 0.1
 
 
 # --------------------------------------------------------------------------------------------------
 # The experiment
 # --------------------------------------------------------------------------------------------------
+
+
+LossWord = Literal["exponential", "logistic", "cross_entropy", "pairwise_exponential", "squared"]
 
 
 class Experiment(Part):
@@ -138,9 +147,7 @@ class Experiment(Part):
 
     name: str
     seeds: list[int] = Field([0], min_length=1)
-    loss: Literal["exponential", "logistic", "cross_entropy", "pairwise_exponential", "squared"] = (
-        "exponential"
-    )
+    loss: LossWord = "exponential"
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float64"
     threads: Whole | None = None
@@ -169,29 +176,25 @@ class Experiment(Part):
 
     def write(self, path: str | Path) -> None:
         """The complete configuration, defaults included, as a TOML file."""
-        Path(path).write_text(
-            tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
-        )
+        settings = self.model_dump(mode="json", exclude_none=True)
+        Path(path).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     def problem(self) -> tuple[Problem, Data | None, Tensor]:
         """The problem, the test set where there is one, and the weights that every rule starts
         from."""
         train, test = self.data.draw(self.seeds)
-        outputs = 1 if self.loss in ("exponential", "logistic") else self._outputs(train.y)
+        one_output = self.loss in ("exponential", "logistic", "squared")
+        outputs = 1 if one_output else int(train.y.max()) + 1
         net: Net = self.net.build(train.x.shape[-1], outputs)
         w = net.init(self.seeds, self.init.scale)
         if self.net.frozen:
             _require_blocks(self.net.frozen, net)
-            values = {
-                block.name: block.of(w) for block in net.layout if block.name in self.net.frozen
-            }
-            w = torch.cat([w[:, b.slice] for b in net.layout if b.name not in values], 1)
-            net = Frozen(net, values)
+            frozen = [block for block in net.layout if block.name in self.net.frozen]
+            free = [w[:, block.slice] for block in net.layout if block not in frozen]
+            net = Frozen(net, {block.name: block.of(w) for block in frozen})
+            w = torch.cat(free, 1)
         w = w.to(device=self.device, dtype=getattr(torch, self.dtype))
         return Problem(net, *train, getattr(losses, self.loss)), test, w
-
-    def _outputs(self, y: Tensor) -> int:
-        return 1 if self.loss == "squared" else int(y.max()) + 1
 
     def run(
         self, directory: str | Path | None = None, *, progress: bool = False
@@ -205,24 +208,19 @@ class Experiment(Part):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         problem, test, w = self.problem()
-        observe = diagnostics.standard(problem, test)
+        rules = self._rules(problem, w)
+        folder = self._folder(directory)
         runs: dict[str, Trajectory] = {}
-        rules = self._rules(problem)
-        for rule in rules.values():
-            rule.start(problem.like(w), w)  # what a rule refuses is said before anything runs
-        if directory is not None:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self.write(Path(directory) / "config.toml")
         for part, (label, rule) in zip(self.rules, rules.items(), strict=True):
             runs[label] = run = simulate(
                 problem,
                 rule,
                 w,
-                until=(part.until or self.until).schedule(),
-                observe=observe,
+                until=self._plan(part),
+                observe=standard(problem, test),
                 max_steps=part.max_steps,
                 progress=progress,
-                directory=None if directory is None else Path(directory) / slug(label),
+                directory=folder and folder / slug(label),
             )
             if Status.INTERRUPTED in run.statuses:
                 break
@@ -234,37 +232,40 @@ class Experiment(Part):
 
         With a directory, all that `run` saves is there as well, and ``distances.csv``. Where rules
         have an ``until`` of their own, the flow goes as far as the furthest of them."""
-        flow = next((part for part in self.rules if isinstance(part, Flow | Dissipation)), None)
-        others = [part for part in self.rules if part is not flow]
-        if flow is None or not others:
+        first = next((part for part in self.rules if isinstance(part, Flow | Dissipation)), None)
+        others = [part for part in self.rules if part is not first]
+        if first is None or not others:
+            kinds = ", ".join(part.kind for part in self.rules)
             raise ValueError(
-                f"compare: got rules of kind {', '.join(part.kind for part in self.rules)}, expected a flow and one "
-                'other at least; try kind = "flow"'
+                f"compare: got rules of kind {kinds}, expected a flow and one other at least; try "
+                'kind = "flow"'
             )
         problem, test, w = self.problem()
-        self._rules(problem)
-        reference = flow.rule(problem.layout)
-        reference.start(problem.like(w), w)
+        self._rules(problem, w)
         runs = self.model_copy(update={"rules": others}).run(directory, progress=progress)
+        flow = first.rule(problem.layout)
         found = compare(
             problem,
-            reference,
+            flow,
             runs,
             w,
-            until=(flow.until or self.until).schedule(),
-            observe=diagnostics.standard(problem, test),
-            max_steps=flow.max_steps,
+            until=self._plan(first),
+            observe=standard(problem, test),
+            max_steps=first.max_steps,
             progress=progress,
         )
-        found = replace(found, flow=replace(found.flow, label=flow.label or reference.label))
-        if directory is not None:
-            self.write(Path(directory) / "config.toml")
-            found.flow.save(Path(directory) / slug(found.flow.label))
-            found.write(Path(directory) / "distances.csv")
+        label = first.label or flow.label
+        found = replace(found, flow=replace(found.flow, label=label))
+        if folder := self._folder(directory):
+            found.flow.save(folder / slug(label))
+            found.write(folder / "distances.csv")
         return found
 
-    def _rules(self, problem: Problem) -> dict[str, Rule]:
-        """The rules by label."""
+    def _plan(self, rule: Moving) -> SavePlan:
+        return (rule.until or self.until).plan()
+
+    def _rules(self, problem: Problem, w: Tensor) -> dict[str, Rule]:
+        """The rules by label; what one of them refuses is said before anything runs."""
         rules: dict[str, Rule] = {}
         for part in self.rules:
             rule = part.rule(problem.layout)
@@ -273,8 +274,19 @@ class Experiment(Part):
                 raise ValueError(
                     f"rules: two rules are labelled {label!r}; give one of them a label of its own"
                 )
+            rule.start(problem.like(w), w)
             rules[label] = rule
         return rules
+
+    def _folder(self, directory: str | Path | None) -> Path | None:
+        """The directory of the results, with the configuration in it; None where none is asked
+        for."""
+        if directory is None:
+            return None
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write(folder / "config.toml")
+        return folder
 
 
 def _require_blocks(names: list[str], net: Net) -> None:
@@ -284,9 +296,10 @@ def _require_blocks(names: list[str], net: Net) -> None:
 
 
 def _complaints(error: ValidationError) -> list[str]:
+    """A line for each mistake, with its place."""
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"]) or "top level"
+        place = ".".join(map(str, item["loc"])) or "top level"
         got = "" if item["type"] == "missing" else f" (got {item['input']!r})"
         lines.append(f"  {place}: {item['msg']}{got}")
     return lines

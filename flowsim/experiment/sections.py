@@ -3,20 +3,20 @@ when."""
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flowsim.descent import adam as adaptive
-from flowsim.descent import momentum
+from flowsim.descent.adam import AdaGrad, Adam, AdamW, RMSProp
 from flowsim.descent.learning_rates import Decay, LearningRateLike, LossBased, PerStep
 from flowsim.descent.minibatch import MiniBatches
+from flowsim.descent.momentum import Average, HeavyBall, Momentum, Nesterov
 from flowsim.descent.muon import Muon, NewtonSchulz
 from flowsim.descent.rule import Discrete
 from flowsim.descent.shampoo import Shampoo
 from flowsim.descent.small_step import SmallStep
 from flowsim.descent.steepest import SteepestDescent
-from flowsim.diagnostics import observers as diagnostics
+from flowsim.diagnostics.margins import accuracy
 from flowsim.flow.dissipation import Clipping, DissipationFlow, Huber, Potential, SmoothSign
 from flowsim.flow.explicit import BOSH3, DOPRI5
 from flowsim.flow.steepest import SteepestFlow
@@ -26,7 +26,6 @@ from flowsim.layout import Layout
 from flowsim.motion import clocks
 from flowsim.motion.clocks import SavePlan
 from flowsim.motion.rule import Rule
-from flowsim.motion.state import READINGS
 from flowsim.norms.blocks import modular
 from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.norm import Norm
@@ -35,15 +34,11 @@ from flowsim.run.events import Event
 from flowsim.run.switching import Switch
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
 Whole = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
@@ -59,11 +54,9 @@ class Until(Part):
     value: Positive
     saves: Annotated[int, Field(ge=2)] = 100
 
-    def schedule(self) -> SavePlan:
-        if self.clock == "steps":
-            return clocks.steps(round(self.value), saves=self.saves)
-        make: Callable[..., SavePlan] = getattr(clocks, self.clock)
-        return make(self.value, saves=self.saves)
+    def plan(self) -> SavePlan:
+        value = round(self.value) if self.clock == "steps" else self.value
+        return getattr(clocks, self.clock)(value, saves=self.saves)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,25 +100,26 @@ def _rate(lr: Any) -> LearningRateLike:
     return lr if isinstance(lr, float) else lr.rate()
 
 
+_MOMENTA: dict[str, Callable[[float], Momentum]] = {
+    "heavy_ball": HeavyBall,
+    "nesterov": Nesterov,
+    "average": Average,
+}
+
+
 class MomentumSection(Part):
     kind: Literal["heavy_ball", "nesterov", "average"]
     beta: Share = 0.9
 
-    def momentum(self) -> momentum.Momentum:
-        kinds: dict[str, Callable[[float], momentum.Momentum]]
-        kinds = {
-            "heavy_ball": momentum.HeavyBall,
-            "nesterov": momentum.Nesterov,
-            "average": momentum.Average,
-        }
-        return kinds[self.kind](self.beta)
+    def momentum(self) -> Momentum:
+        return _MOMENTA[self.kind](self.beta)
 
 
 class Batch(Part):
     """Mini-batches of a discrete rule."""
 
     size: Whole
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     replacement: bool = False
 
 
@@ -159,15 +153,20 @@ class SmallSteps(RulePart):
 
 
 class DiscretePart(Moving):
+    """The keys of a method's own section are the arguments of what it ``makes``."""
+
     lr: Rate
     batch: Batch | None = None
+    makes: ClassVar[Callable[..., Discrete]]
 
     def rule(self, layout: Layout) -> Rule:
         rule = self.discrete(layout)
-        return rule if self.batch is None else MiniBatches(rule, **self.batch.model_dump())
+        return rule if self.batch is None else MiniBatches(rule, **dict(self.batch))
 
     def discrete(self, layout: Layout) -> Discrete:
-        raise NotImplementedError
+        shared = {"kind", *DiscretePart.model_fields}
+        own = {key: value for key, value in self if key not in shared}
+        return self.makes(_rate(self.lr), **own)
 
 
 class Descent(DiscretePart):
@@ -190,11 +189,7 @@ class AdamSection(DiscretePart):
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: NotNegative = 1e-8
     corrected: bool = True
-
-    def discrete(self, layout: Layout) -> Discrete:
-        return adaptive.Adam(
-            _rate(self.lr), betas=self.betas, eps=self.eps, corrected=self.corrected
-        )
+    makes = staticmethod(Adam)
 
 
 class AdamWSection(DiscretePart):
@@ -202,26 +197,20 @@ class AdamWSection(DiscretePart):
     decay: NotNegative = 1e-2
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: NotNegative = 1e-8
-
-    def discrete(self, layout: Layout) -> Discrete:
-        return adaptive.AdamW(_rate(self.lr), decay=self.decay, betas=self.betas, eps=self.eps)
+    makes = staticmethod(AdamW)
 
 
 class RMSPropSection(DiscretePart):
     kind: Literal["rmsprop"]
     beta: Share = 0.99
     eps: NotNegative = 1e-8
-
-    def discrete(self, layout: Layout) -> Discrete:
-        return adaptive.RMSProp(_rate(self.lr), beta=self.beta, eps=self.eps)
+    makes = staticmethod(RMSProp)
 
 
 class AdaGradSection(DiscretePart):
     kind: Literal["adagrad"]
     eps: NotNegative = 1e-10
-
-    def discrete(self, layout: Layout) -> Discrete:
-        return adaptive.AdaGrad(_rate(self.lr), eps=self.eps)
+    makes = staticmethod(AdaGrad)
 
 
 class MuonSection(DiscretePart):
@@ -230,12 +219,12 @@ class MuonSection(DiscretePart):
     kind: Literal["muon"]
     beta: Share = 0.95
     nesterov: bool = True
-    newton_schulz: Annotated[int, Field(ge=0)] = 0
+    newton_schulz: Count = 0
     decay: NotNegative = 0.0
 
     def discrete(self, layout: Layout) -> Discrete:
         polar = NewtonSchulz(self.newton_schulz) if self.newton_schulz else None
-        return Muon(_rate(self.lr), self.beta, self.nesterov, polar, None, self.decay)
+        return Muon(_rate(self.lr), self.beta, self.nesterov, polar, decay=self.decay)
 
 
 class ShampooSection(DiscretePart):
@@ -246,9 +235,7 @@ class ShampooSection(DiscretePart):
     exponent: Annotated[float, Field(gt=0, lt=0.5)] = 0.25
     eps: NotNegative = 0.0
     decay: NotNegative = 0.0
-
-    def discrete(self, layout: Layout) -> Discrete:
-        return Shampoo(_rate(self.lr), self.beta, self.exponent, self.eps, self.decay)
+    makes = Shampoo
 
 
 class Flow(RulePart):
@@ -264,6 +251,13 @@ class Flow(RulePart):
         return SteepestFlow(norm_from_word(self.norm, layout), self.rtol, self.atol, clock, method)
 
 
+_POTENTIALS: dict[str, Callable[[float], Potential]] = {
+    "smooth_sign": SmoothSign,
+    "huber": Huber,
+    "clipping": Clipping,
+}
+
+
 class Dissipation(Moving):
     """``level`` is ε of the smooth sign, δ of Huber's potential, or the threshold of clipping."""
 
@@ -273,23 +267,20 @@ class Dissipation(Moving):
     rtol: Annotated[float, Field(gt=0, lt=1)] = 1e-6
 
     def rule(self, layout: Layout) -> Rule:
-        kinds: dict[str, Callable[[float], Potential]]
-        kinds = {"smooth_sign": SmoothSign, "huber": Huber, "clipping": Clipping}
-        return DissipationFlow(kinds[self.potential](self.level), self.rtol)
+        return DissipationFlow(_POTENTIALS[self.potential](self.level), self.rtol)
 
 
 class At(Part):
     """An event by words: training accuracy or a reading reaches a level."""
 
     measure: Literal["accuracy", "lam", "log_time", "steps", "arclength", "relative"]
-    level: Annotated[float, Field(allow_inf_nan=False)]
+    level: Finite
 
     def event(self) -> Event:
-        if self.measure in READINGS:
-            return Event(
-                lambda problem, state: state.readings[self.measure], self.level, name=self.measure
-            )
-        return Event(diagnostics.accuracy, self.level)
+        name = self.measure
+        if name == "accuracy":
+            return Event(accuracy, self.level)
+        return Event(lambda problem, state: state.readings[name], self.level, name=name)
 
 
 class SwitchSection(Moving):
@@ -323,34 +314,41 @@ AnyRule = Annotated[
 SwitchSection.model_rebuild()
 
 
+_NORMS: dict[str, Callable[[], Norm]] = {
+    "l1": L1,
+    "l2": L2,
+    "linf": Linf,
+    "spectral": Spectral,
+    "nuclear": Nuclear,
+    "frobenius": Frobenius,
+}
+
+
 def norm_from_word(word: str, layout: Layout) -> Norm:
     """A norm by its word: l1, l2, linf, l3 or l1.5, spectral, nuclear, frobenius, schatten3,
     modular."""
-    plain: dict[str, Callable[[], Norm]] = {
-        "l1": L1,
-        "l2": L2,
-        "linf": Linf,
-        "spectral": Spectral,
-        "nuclear": Nuclear,
-        "frobenius": Frobenius,
-    }
-    if word in plain:
-        return plain[word]()
+    if word in _NORMS:
+        return _NORMS[word]()
     if word == "modular":
         return modular(layout)
     if match := re.fullmatch(r"(l|schatten)(\d+(?:\.\d+)?)", word):
-        return (Lp if match[1] == "l" else Schatten)(float(match[2]))
+        family, power = match.groups()
+        return (Lp if family == "l" else Schatten)(float(power))
     raise ValueError(
-        f"norm: got {word!r}, expected one of {', '.join(plain)}, modular, l<p> or schatten<p> such as l3"
+        f"norm: got {word!r}, expected one of {', '.join(_NORMS)}, modular, l<p> or schatten<p> "
+        "such as l3"
     )
+
+
+_METHODS: dict[str, Method | None] = {"auto": None, "dopri5": DOPRI5, "bosh3": BOSH3}
 
 
 def method_from_word(word: str) -> Method | None:
     """A method by its word: auto (None), dopri5, bosh3, or torchdiffeq:<one of its adaptive
     solvers>."""
-    own: dict[str, Method | None] = {"auto": None, "dopri5": DOPRI5, "bosh3": BOSH3}
-    if word in own:
-        return own[word]
-    if word.startswith("torchdiffeq:"):
-        return TorchDiffEq(word.removeprefix("torchdiffeq:"))
+    if word in _METHODS:
+        return _METHODS[word]
+    package, _, solver = word.partition(":")
+    if package == "torchdiffeq":
+        return TorchDiffEq(solver)
     raise ValueError(f"method: got {word!r}, expected auto, dopri5, bosh3, or torchdiffeq:<solver>")

@@ -23,7 +23,14 @@ Runs: TypeAlias = Trajectory | Mapping[str, Trajectory]
 Style: TypeAlias = dict[str, Any]
 Thing = TypeVar("Thing")
 
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2, 2, 2)))
+DASHES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (8, 2, 2, 2)),
+)
 
 CLOCKS = {
     "log_time": "flow time $t$",
@@ -96,7 +103,8 @@ def draw(ax: Axes, x: Array, y: Array, look: Style, label: str) -> tuple[Array, 
     returned."""
     grid, low, middle, high = bands(x, y)
     ax.plot(grid, middle, label=mathtext(label), **look)
-    if x.shape[1] > 1:
+    trajectories = x.shape[1]
+    if trajectories > 1:
         ax.fill_between(grid, low, high, color=look["color"], **BAND)
     return grid, middle
 
@@ -107,16 +115,26 @@ def bands(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
     Trajectories pass their save points at different x, so each is first read at the median
     positions; the result covers the x that all trajectories which go on to the end of the curve
     have reached."""
-    known = np.isfinite(x) & np.isfinite(y)
-    reached = known.all(1)
+    reached = _known(x, y).all(1)
     if not reached.any():
         return (np.full(1, np.nan),) * 4
     grid = np.sort(np.median(x[reached], axis=1))
-    columns = [(x[rows, b], y[rows, b]) for b, rows in enumerate(known.T)]
-    orders = [np.argsort(xs, kind="stable") for xs, _ in columns]
-    read = [np.interp(grid, xs[o], ys[o]) for (xs, ys), o in zip(columns, orders, strict=True)]
-    low, middle, high = np.quantile(np.array(read), [0.1, 0.5, 0.9], axis=0)
+    columns = zip(x.T, y.T, strict=True)
+    read = np.array([_read(grid, *column) for column in columns])
+    low, middle, high = np.quantile(read, [0.1, 0.5, 0.9], axis=0)
     return grid, low, middle, high
+
+
+def _known(x: Array, y: Array) -> Array:
+    return np.isfinite(x) & np.isfinite(y)
+
+
+def _read(grid: Array, x: Array, y: Array) -> Array:
+    """One trajectory's y(x), where both are known, at the places of a grid."""
+    known = _known(x, y)
+    x, y = x[known], y[known]
+    order = np.argsort(x, kind="stable")
+    return np.interp(grid, x[order], y[order])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +149,9 @@ def labelled(runs: Runs) -> Mapping[str, Trajectory]:
 def look(index: int) -> Style:
     """Colour and dashes of the curve at a place in the order."""
     colours = mpl.color_sequences["petroff10"]
-    return {"color": colours[index % len(colours)], "linestyle": DASHES[index % len(DASHES)]}
+    colour = colours[index % len(colours)]
+    dashes = DASHES[index % len(DASHES)]
+    return {"color": colour, "linestyle": dashes}
 
 
 def dressed(things: Mapping[str, Thing]) -> Iterator[tuple[str, Thing, Style]]:
@@ -153,8 +173,8 @@ def norm_symbol(norm: str) -> str:
 
 def degree(runs: Runs) -> str:
     """The exponent that normalises a margin: a number if all runs have it in common."""
-    objectives = [run.provenance.get("objective", {}) for run in labelled(runs).values()]
-    first, *others = {objective.get("degree") for objective in objectives}
+    records = [run.provenance for run in labelled(runs).values()]
+    first, *others = {record.get("objective", {}).get("degree") for record in records}
     return "L" if others or first is None else f"{first:g}"
 
 
@@ -199,10 +219,12 @@ def new_axes() -> Axes:
 
 def wide(ax: Axes, which: str, words: Callable[[float, Any], str]) -> None:
     """An axis that is linear near 0 and logarithmic far out, on both sides."""
-    far = [place * 10.0**decade for decade in range(6) for place in (3, 10)]
+    decades = 10.0 ** np.arange(6)
+    right = [*3 * decades, *10 * decades]
+    left = [-place for place in right]
     axis = getattr(ax, f"{which}axis")
     getattr(ax, f"set_{which}scale")("asinh", linear_width=3)
-    axis.set_major_locator(FixedLocator([0.0, *far, *(-place for place in far)]))
+    axis.set_major_locator(FixedLocator([*left, 0.0, *right]))
     axis.set_major_formatter(words)
     axis.set_minor_locator(NullLocator())
 

@@ -27,7 +27,12 @@ from flowsim.study.order import OrderStudy
 
 _MARKERS = "osD^vPX*"
 _FLOW: Style = {"color": "k", "linewidth": 1.0, "zorder": 1}
-_POINTS: Style = {"markersize": 4, "linestyle": "none", "fillstyle": "none", "zorder": 2}
+_POINTS: Style = {
+    "markersize": 4,
+    "linestyle": "none",
+    "fillstyle": "none",
+    "zorder": 2,
+}
 
 _PLACES = {
     "log_time": "at equal $t$",
@@ -122,7 +127,8 @@ def order(
         if known.size:
             fitted = study.order(what, at)
             words = f"{fitted.median:.2f} ({fitted.low:.2f} to {fitted.high:.2f})"
-            look = _marked(index) | {"label": mathtext(f"{label}: {words}" if label else words)}
+            words = mathtext(f"{label}: {words}" if label else words)
+            look = _marked(index) | {"label": words}
             _draw_order(ax, np.array(study.ladder), known, look)
     ax.lines[-1].set_label("slope 1")
     ax.set(xscale="log", yscale="log", xlabel=r"learning rate $\eta$")
@@ -134,10 +140,11 @@ def order(
 def _draw_order(ax: Axes, rates: np.ndarray, distances: np.ndarray, look: Style) -> None:
     """Distances ``(rates, B)``: their median, their range, and a line of slope 1 through the
     last."""
-    middle = np.median(distances, 1)
+    low, middle, high = np.quantile(distances, [0.0, 0.5, 1.0], axis=1)
+    slope = middle[-1] / rates[-1]
     ax.plot(rates, middle, **look)
-    ax.fill_between(rates, distances.min(1), distances.max(1), color=look["color"], **BAND)
-    ax.plot(rates, middle[-1] * rates / rates[-1], ":", color="0.4")
+    ax.fill_between(rates, low, high, color=look["color"], **BAND)
+    ax.plot(rates, slope * rates, ":", color="0.4")
 
 
 def _distance(what: str, at: str) -> str:
@@ -146,8 +153,10 @@ def _distance(what: str, at: str) -> str:
 
 def _words(what: str) -> str:
     """The name of a measured value in running text: margin_l2 becomes margin ℓ2."""
-    return mathtext(re.sub(r"\bl(?=\d|∞)", "ℓ", what.replace("_", " ").replace("linf", "l∞")))
+    words = what.replace("_", " ").replace("linf", "l∞")
+    return mathtext(re.sub(r"\bl(?=\d|∞)", "ℓ", words))
 
 
 def _marked(index: int) -> Style:
-    return {**look(index), "marker": _MARKERS[index % len(_MARKERS)], "markersize": 3}
+    marker = _MARKERS[index % len(_MARKERS)]
+    return look(index) | {"marker": marker, "markersize": 3}

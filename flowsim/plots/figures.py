@@ -66,12 +66,16 @@ def margins(
 
 def loss(runs: Runs, *, against: str = "log_time", ax: Axes | None = None) -> Axes:
     """Sum loss 𝓛, drawn from its logarithm: 10^(−400) is a point like any other."""
-    ax = curves(runs, lambda run: -run["lam"] / np.log(10), against, ax)
+    ax = curves(runs, _log_loss, against, ax)
     wide(ax, "y", power_of_ten)
     ax.set_ylabel(r"loss $\mathcal{L}$")
-    start = max(-run["lam"][0].min() / np.log(10) for run in labelled(runs).values())
-    ax.set_ylim(top=start + 1)  # a run that diverges leaves the picture and flattens no other
+    starts = [_log_loss(run)[0].max() for run in labelled(runs).values()]
+    ax.set_ylim(top=max(starts) + 1)  # a run that diverges leaves the picture and flattens no other
     return ax
+
+
+def _log_loss(run: Trajectory) -> Array:
+    return -run["lam"] / np.log(10)
 
 
 def norms(
@@ -102,8 +106,10 @@ def energy_curves(runs: Runs, *, against: str = "log_time", ax: Axes | None = No
 
 
 def _energy_residual(run: Trajectory) -> Array:
-    risen, spent = (run[name] - run[name][:1] for name in ("lam", "dissipated"))
-    return np.abs(spent / np.where(risen > 0, risen, np.nan) - 1)
+    risen = run["lam"] - run["lam"][:1]
+    spent = run["dissipated"] - run["dissipated"][:1]
+    risen = np.where(risen > 0, risen, np.nan)
+    return np.abs(spent / risen - 1)
 
 
 def gap(
@@ -126,7 +132,8 @@ def gap(
         draw(ax, run[against], best - run[f"margin_{norm}"], look, label)
         for label, run, look in dressed(labelled(runs))
     ]
-    x, first = (values[drawn[0][0] > 0] for values in drawn[0])
+    x, first = drawn[0]
+    x, first = x[x > 0], first[x > 0]
     if slope is not None:
         half = len(x) // 2
         guide = first[half] * (x[half:] / x[half]) ** slope
@@ -173,13 +180,18 @@ def certificate(runs: Runs, *, ax: Axes | None = None) -> Axes:
     rows = labelled(runs)
     for row, run in enumerate(rows.values()):
         found = run.certificate
-        sizes = (np.abs(found.energy), found.fall, 1 - found.alignment, 10.0**-found.digits)
+        energy = np.abs(found.energy)
+        rounding = 10.0**-found.digits
+        sizes = (energy, found.fall, 1 - found.alignment, rounding)
         for index, size in enumerate(sizes):
             known = np.maximum(size[np.isfinite(size)], _ZERO)
             height = np.full_like(known, 0.12 * (1.5 - index) - row)
             ax.plot(known, height, _MARKERS[index], color=look(index)["color"], **_POINTS)
-    ax.set(xscale="log", xlim=(_ZERO / 3, 30), ylim=(0.4 - len(rows), 0.6))
-    ax.set_yticks(range(1 - len(rows), 1), [mathtext(label) for label in list(rows)[::-1]])
+    labels = [mathtext(label) for label in rows]
+    ax.set_yticks(range(1 - len(rows), 1), labels[::-1])
+    ax.set_ylim(0.4 - len(rows), 0.6)
+    ax.set_xscale("log")
+    ax.set_xlim(_ZERO / 3, 30)
     ax.set_xlabel("relative size; 0 at the left edge")
     ax.legend(ax.lines[-4:], _CERTIFIED, **_LEGEND)
     return ax
@@ -244,7 +256,8 @@ def save(fig: Figure, path: str | Path, runs: Mapping[str, Trajectory] | None = 
 
 def _write_csv(runs: Mapping[str, Trajectory], path: Path) -> None:
     """One row for each run, trajectory and save point; the scalar values of any run as columns."""
-    names = list(dict.fromkeys(n for run in runs.values() for n in run.names if run[n].ndim == 2))
+    scalars = [name for run in runs.values() for name in run.names if run[name].ndim == 2]
+    names = list(dict.fromkeys(scalars))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "trajectory", "save", *names])

@@ -12,7 +12,8 @@ from flowsim.run.trajectory import Trajectory
 
 _KKT = {
     "alignment": r"$1 - \alpha$",
-    "residual": r"distance of $\Gamma$ from $\partial\frac{1}{2}\|\tilde w\|^2$, over $\|\tilde w\|$",
+    "residual": r"distance of $\Gamma$ from $\partial\frac{1}{2}\|\tilde w\|^2$"
+    r", over $\|\tilde w\|$",
     "slackness": r"slackness $\sum \lambda_i (q_i(\tilde w) - 1)$",
 }
 _REST: Style = {"color": "0.75", "linewidth": 0.6, "zorder": 1}
@@ -39,7 +40,8 @@ def kkt_residuals(
         y = 1 - y if name == "alignment" else y
         ax.plot(x, y, label=_KKT[name], **look(index))
     if f"excess_{norm}" in run:
-        low, high = (run[f"{name}_{norm}"][:, trajectory] for name in ("floor", "excess"))
+        low = run[f"floor_{norm}"][:, trajectory]
+        high = run[f"excess_{norm}"][:, trajectory]
         ax.fill_between(x, low, high, color="0.5", label="best multipliers", **BAND)
     ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel(rf"KKT residuals, weights in ${norm_symbol(norm)}$")
@@ -60,10 +62,12 @@ def multiplier_paths(
     ax = along(against, ax)
     x = position(run, against)[:, trajectory]
     multipliers = run[f"multipliers_{norm}"][:, trajectory]  # (K, N)
-    last = multipliers[np.isfinite(multipliers).all(-1)][-1]
+    known = np.isfinite(multipliers).all(-1)
+    last = multipliers[known][-1]
     for rank, i in enumerate(np.argsort(-last)):
         supports = last[i] >= 0.1 * last.max()
-        ax.plot(x, multipliers[:, i], **(look(rank) if supports else _REST))
+        style = look(rank) if supports else _REST
+        ax.plot(x, multipliers[:, i], **style)
     ax.set_yscale("log", nonpositive="mask")
     ax.set_ylim(1e-6 * last.max(), 3 * np.nanmax(multipliers))
     ax.set_ylabel(r"multipliers $\lambda_i$")
@@ -74,13 +78,15 @@ def residuals(at: Stationarity, *, trajectory: int = 0, ax: Axes | None = None) 
     """ε(η), the distance of Γ from ∂½‖w̃‖² over ‖w̃‖ in ‖·‖_* if everything within η‖w̃‖ of the
     maximum counts, and √(1 − α), within which a KKT pair lies."""
     ax = ax or new_axes()
-    tols = np.concatenate([[0.0], np.logspace(-6, 0, 121)])
-    _, residual = at.residuals(tols.tolist())
-    curve = residual[:, trajectory].cpu()
-    nearest = (1 - at.alignment[trajectory]).clamp_min(0).sqrt()
-    ax.plot(np.maximum(tols, 1e-7), curve, drawstyle="steps-post", **look(0))
-    ax.axhline(float(nearest), color="0.5", linestyle=":")
-    ax.set(xscale="log", ylim=(0, None), xlabel=r"face tolerance $\eta$")
+    tols = [0.0, *np.logspace(-6, 0, 121)]
+    places = np.maximum(tols, 1e-7)
+    _, residual = at.residuals(tols)
+    misaligned = 1 - at.alignment[trajectory].item()
+    ax.plot(places, residual[:, trajectory].cpu(), drawstyle="steps-post", **look(0))
+    ax.axhline(max(misaligned, 0.0) ** 0.5, color="0.5", linestyle=":")
+    ax.set_xscale("log")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(r"face tolerance $\eta$")
     ax.set_ylabel(rf"$\varepsilon(\eta)$, {at.norm.symbol}")
     return ax
 
@@ -101,7 +107,8 @@ def neurons(
         )
     ax = ax or new_axes()
     problem = problem.select(torch.tensor([trajectory]))
-    x, y = problem.x.reshape(-1, 2), problem.y.reshape(-1)
+    x = problem.x.reshape(-1, 2)  # (N, 2)
+    y = problem.y.reshape(-1)
     largest = float(x.abs().max())
 
     w = torch.from_numpy(run.weights[:, trajectory])
@@ -112,9 +119,9 @@ def neurons(
     paths = last.abs().mT * first
     paths *= largest / paths[-1].norm(dim=-1).max()
     for path, vote in zip(paths.unbind(1), last[-1, 0], strict=True):
-        neuron = {"color": look(_CROSSES if vote > 0 else _CIRCLES)["color"]}
-        ax.plot(*path.T, "-", linewidth=0.7, alpha=0.7, **neuron)
-        ax.plot(*path[-1], ".", markersize=4, **neuron)
+        colour = look(_CROSSES if vote > 0 else _CIRCLES)["color"]
+        ax.plot(*path.T, "-", color=colour, linewidth=0.7, alpha=0.7)
+        ax.plot(*path[-1], ".", color=colour, markersize=4)
     ax.plot(*x[y == 1].T, "x", **_DATA)
     ax.plot(*x[y == -1].T, "o", **_DATA)
     ax.set_xlabel(r"$x_1$; neurons $|a_j| w_{j1}$, scaled")
@@ -123,8 +130,9 @@ def neurons(
 
 
 def _require_plane(problem: Problem) -> None:
-    shapes = [block.shape for block in problem.layout]
-    if len(shapes) != 2 or shapes[0][-1] != 2 or shapes[1][0] != 1:
+    shapes = [tuple(block.shape) for block in problem.layout]
+    neurons = shapes[0][0]
+    if shapes != [(neurons, 2), (1, neurons)]:
         raise ValueError("neurons: got another net, expected MLP([2, m, 1]) on inputs in the plane")
 
 
@@ -136,4 +144,6 @@ def _draw_decision(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) ->
     f = problem.net.outputs(w, points).view(121, 121).mT
     ax.contourf(ticks, ticks, f.sign(), levels=[-1.5, 0, 1.5], colors=_SIDES, zorder=0)
     ax.contour(ticks, ticks, f, levels=[0.0], colors="0.3", linewidths=0.8)
-    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    ax.set_xlim(-reach, reach)
+    ax.set_ylim(-reach, reach)
+    ax.set_aspect("equal")

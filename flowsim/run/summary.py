@@ -1,7 +1,7 @@
-"""Runs as rows of a table: when each became separated, where it ended, what it cost, why it stopped."""
+"""Runs as rows of a table: when each separated, where it ended, what it cost, why it stopped."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,8 @@ def _row(run: Trajectory) -> dict[str, Any]:
 
 
 def _median_at_end(run: Trajectory, name: str) -> float:
-    """Median over trajectories of each one's last finite value ``(K, B)``."""
-    if name not in run:
-        return np.nan
-    known = [column[np.isfinite(column)] for column in run[name].T]
-    return float(np.median([values[-1] if values.size else np.nan for values in known]))
+    """NaN where the run has no such value."""
+    return _median(_last_known, run[name]) if name in run else np.nan
 
 
 def position(run: Trajectory, against: str) -> Array:
@@ -50,14 +47,39 @@ def position(run: Trajectory, against: str) -> Array:
     logarithm; for "time", t itself."""
     if against == "time":
         return np.exp(run["log_time"])
-    return run[against] / np.log(10) if against == "log_time" else run[against]
+    if against == "log_time":
+        return run["log_time"] / np.log(10)
+    return run[against]
 
 
 def crossing(run: Trajectory, against: str = "log_time") -> float:
     """Median over trajectories of the coordinate where Λ first exceeds 0 (t₀), by interpolation;
     NaN if never."""
-    columns = zip(position(run, against).T, run["lam"].T, strict=True)
-    return float(np.median([_where_positive(x, lam) for x, lam in columns]))
+    return _median(_where_positive, position(run, against), run["lam"])
+
+
+def separation(run: Trajectory, against: str = "log_time") -> float:
+    """Median over trajectories of the first save point at which every training example is
+    classified; NaN if never, or if the accuracy was not observed."""
+    if "accuracy" not in run:
+        return np.nan
+    return _median(_where_right, position(run, against), run["accuracy"])
+
+
+def _median(of_one: Callable[..., float], *values: Array) -> float:
+    """Median over trajectories of a function of each one's values, from ``(K, B)``."""
+    columns = zip(*(value.T for value in values), strict=True)
+    return float(np.median([of_one(*column) for column in columns]))
+
+
+def _last_known(value: Array) -> float:
+    known = value[np.isfinite(value)]
+    return known[-1] if known.size else np.nan
+
+
+def _where_right(x: Array, accuracy: Array) -> float:
+    found = x[accuracy >= 1]
+    return found[0] if found.size else np.nan
 
 
 def _where_positive(x: Array, lam: Array) -> float:
@@ -67,14 +89,5 @@ def _where_positive(x: Array, lam: Array) -> float:
     k = above[0]
     if k == 0 or not np.isfinite(x[k - 1]):
         return x[k]
-    return np.interp(0.0, lam[k - 1 : k + 1], x[k - 1 : k + 1])
-
-
-def separation(run: Trajectory, against: str = "log_time") -> float:
-    """Median over trajectories of the first save point at which every training example is
-    classified; NaN if never, or if the accuracy was not observed."""
-    if "accuracy" not in run:
-        return np.nan
-    columns = zip(position(run, against).T, run["accuracy"].T, strict=True)
-    found = [x[right >= 1][:1] for x, right in columns]
-    return float(np.median([x[0] if x.size else np.nan for x in found]))
+    between = slice(k - 1, k + 1)
+    return np.interp(0.0, lam[between], x[between])

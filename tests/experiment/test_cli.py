@@ -40,6 +40,10 @@ max_steps = 10
 """
 
 
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "tiny.toml"
@@ -47,31 +51,34 @@ def config(tmp_path):
     return path
 
 
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A configuration, the directory of its results, and what the command has said."""
+    config, out = (tmp_path_factory.mktemp("run") / name for name in ("tiny.toml", "out"))
+    config.write_text(SMALL, encoding="utf-8")
+    return config, out, call("run", config, "-o", out, "--no-progress")
 
 
-def test_run_writes_a_directory_that_loads_and_prints_why_each_run_stopped(config, tmp_path):
-    result = call("run", config, "-o", tmp_path / "out", "--no-progress")
+def test_run_writes_a_directory_that_loads_and_prints_why_each_run_stopped(finished):
+    _, out, result = finished
     assert result.exit_code == 0, result.output
     assert "2 × DONE" in result.output
     assert "2 × MAX_STEPS" in result.output
     assert (
         "ℓ2 small steps, ΔΛ = 0.2: separated; soft margin monotone; energy balance" in result.output
     )
-    made = {p.name for p in (tmp_path / "out").iterdir()}
+    made = {p.name for p in out.iterdir()}
     assert made > {"config.toml", "summary.csv", "margins.csv"}
     assert made > {"margins.pdf", "margins.png", "trust.pdf", "trust.png"}
-    run = fs.load(tmp_path / "out" / "l2-small-steps-dlam-0.2")
+    run = fs.load(out / "l2-small-steps-dlam-0.2")
     assert run["lam"][-1] == pytest.approx([5.0, 5.0], abs=1e-2)
-    record = json.loads((tmp_path / "out" / "l2-small-steps-dlam-0.2" / "run.json").read_text())
+    record = json.loads((out / "l2-small-steps-dlam-0.2" / "run.json").read_text())
     assert record["provenance"]["flowsim"] == fs.__version__
     assert record["provenance"]["commit"] is None or len(record["provenance"]["commit"]) >= 40
 
 
-def test_results_are_not_overwritten_without_being_asked(config, tmp_path):
-    out = tmp_path / "out"
-    assert call("run", config, "-o", out, "--no-progress").exit_code == 0
+def test_results_are_not_overwritten_without_being_asked(finished):
+    config, out, _ = finished
     again = call("run", config, "-o", out, "--no-progress")
     assert again.exit_code == 1
     assert "holds results already" in again.output
