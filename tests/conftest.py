@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 
 import flowsim as fs
@@ -30,3 +31,27 @@ def runs() -> dict[str, fs.Trajectory]:
         k: fs.simulate(problem, r, w0, until=fs.lam(400, saves=30), observe=observe)
         for k, r in rules.items()
     }
+
+
+@pytest.fixture(scope="session")
+def agree():
+    """A check that two states, tensors or arrays are equal to rounding, as batch-mates are promised
+    to leave them: ``rel`` of the largest number of each, over a short run. NaN is equal to NaN, and
+    whole numbers are equal."""
+
+    def check(got, expected, rel=1e-9):
+        if isinstance(got, fs.State):
+            got, expected = got.tensors(), expected.tensors()
+            assert got.keys() == expected.keys()
+            for name in got:
+                near(name, np.asarray(got[name]), np.asarray(expected[name]), rel)
+        else:
+            near("", np.asarray(got), np.asarray(expected), rel)
+
+    return check
+
+
+def near(name, got, expected, rel):
+    finite = np.abs(expected[np.isfinite(expected)])
+    atol = 0 if expected.dtype.kind in "bi" else rel * finite.max(initial=0)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol, err_msg=name)

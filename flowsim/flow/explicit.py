@@ -199,8 +199,7 @@ def runge_kutta(
 
 
 def combine(weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
-    """Σ c·v, added in order: a reduction of stacked terms would round by a trajectory's place in
-    the batch."""
+    """Σ c·v, added in order."""
     first, *others = (c * v for c, v in zip(weights, values, strict=True) if c != 0)
     for term in others:
         first = first + term

@@ -6,8 +6,8 @@ Shapes: ``B`` trajectories, ``N`` examples, ``C`` outputs, ``L`` layers. Layer `
     a_0 = x,   z_l = a_{l-1} W_lᵀ,   a_l = φ(z_l),   f = z_L.
 
 The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Derivatives are by the
-``P`` flat weights, layer after layer. Every product is a batched one over trajectories, so that a
-trajectory's numbers never depend on its batch-mates."""
+``P`` flat weights, layer after layer. Every product is a batched one over trajectories, and
+batch-mates change a trajectory's numbers by rounding only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
-    """Batched product whose every entry is rounded alike in any batch.
+    """Batched product that adds up in the same order in any batch, so that batch-mates change an
+    entry by little more than memory alignment does.
 
     BLAS gives a single product with one row or column to its matrix-vector routine, which adds up
     in another order than the batched one; so such a product is never sent alone."""

@@ -183,7 +183,9 @@ def load_state(directory: str | Path) -> State:
     """The state of a run directory's checkpoint, also of a run that was killed."""
     from safetensors.torch import load_file
 
-    return State.from_tensors(load_file(Path(directory) / _STATE))
+    tensors = load_file(Path(directory) / _STATE)
+    # to memory of their own: in that of the file they are not aligned, and BLAS rounds by that
+    return State.from_tensors({name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def _replacing(path: Path, write: Callable[[Path], Any]) -> None:

@@ -303,7 +303,7 @@ def test_a_resumed_run_is_the_unbroken_one(rule, tmp_path):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
-def test_a_trajectory_alone_is_the_trajectory_in_a_batch(rule):
+def test_a_trajectory_alone_is_the_trajectory_in_a_batch(rule, agree):
     problem, w0 = setting()
     batch = fs.simulate(problem, rule, w0, until=fs.lam([-2.5, -2.0]), max_steps=60).final
     for b in range(2):
@@ -311,7 +311,7 @@ def test_a_trajectory_alone_is_the_trajectory_in_a_batch(rule):
             *_first(setting(rows=slice(b, b + 1)), rule), until=fs.lam([-2.5, -2.0]), max_steps=60
         )
         for name, value in part.final.tensors().items():
-            assert torch.equal(value[0].nan_to_num(), batch.tensors()[name][b].nan_to_num()), name
+            agree(value[0], batch.tensors()[name][b])
 
 
 def _first(pair, rule):

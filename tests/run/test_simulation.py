@@ -417,7 +417,7 @@ def test_a_strict_failure_leaves_its_trajectory_in_the_directory(tmp_path):
     assert fs.load(tmp_path).statuses == [fs.Status.NONFINITE, fs.Status.DONE]
 
 
-# A trajectory's path does not depend on its batch-mates, nor on the save points
+# A trajectory's path depends on its batch-mates by rounding only, and on its save points not at all
 
 
 SEEDS = (0, 1, 2)
@@ -441,16 +441,16 @@ DEMO_RULES = {
 
 
 @pytest.mark.parametrize("name", DEMO_RULES)
-def test_a_trajectory_alone_is_the_trajectory_in_a_batch(name):
+def test_a_trajectory_alone_is_the_trajectory_in_a_batch(name, agree):
     rule, activation = DEMO_RULES[name]
-    until = fs.steps([4, 12] if name == "l2 flow" else [10, 60])
+    until = fs.steps([4, 12] if "flow" in name else [10, 60])
     batch = fs.simulate(*_first(demo(SEEDS, activation), rule), until=until)
     for b, seed in enumerate(SEEDS):
         alone = fs.simulate(*_first(demo((seed,), activation), rule), until=until)
-        assert torch.equal(alone.final.w[0], batch.final.w[b])
+        agree(alone.final.w[0], batch.final.w[b])
         assert alone.statuses[0] is batch.statuses[b]
         for value in alone.names:
-            assert np.array_equal(alone[value][:, 0], batch[value][:, b], equal_nan=True), value
+            agree(alone[value][:, 0], batch[value][:, b])
 
 
 def _first(setting, rule):
@@ -471,7 +471,7 @@ def _first(setting, rule):
 @pytest.mark.parametrize(
     ("n", "widths"), [(12, (4, 6, 1)), (11, (3, 7, 5, 1)), (1, (2, 1, 1)), (30, (5, 1))]
 )
-def test_batch_mates_change_no_bit_at_odd_shapes_either(rule, n, widths):
+def test_batch_mates_change_rounding_only_at_odd_shapes_too(rule, n, widths, agree):
     seeds = range(9)
     x, y = fs.data.gaussian_separable(n, widths[0], seed=seeds)
     net = fs.MLP(list(widths), activation=fs.squared_relu)
@@ -481,17 +481,17 @@ def test_batch_mates_change_no_bit_at_odd_shapes_either(rule, n, widths):
         part = fs.simulate(
             fs.Problem(net, x[rows], y[rows], fs.logistic), rule, w0[rows], until=until
         )
-        assert same(part.final, batch.final.select(torch.tensor(rows)))
+        agree(part.final, batch.final.select(torch.tensor(rows)))
 
 
-def test_trajectories_that_leave_the_batch_at_different_steps_do_not_disturb_the_others():
+def test_trajectories_that_leave_the_batch_at_different_steps_do_not_disturb_the_others(agree):
     problem, w0 = demo(SEEDS, fs.relu)
     until, rule = fs.lam([-3.0, 0.0]), fs.SmallStep(fs.Linf(), dlam=0.2)
     batch = fs.simulate(problem, rule, w0, until=until)
     assert len(set(batch.final.readings["steps"].tolist())) > 1
     for b, seed in enumerate(SEEDS):
         alone = fs.simulate(*_first(demo((seed,), fs.relu), rule), until=until)
-        assert torch.equal(alone.final.w[0], batch.final.w[b])
+        agree(alone.final.w[0], batch.final.w[b])
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_trajectories_that_leave_the_batch_at_different_steps_do_not_disturb_the
     ],
     ids=["small steps", "flow", "descent"],
 )
-def test_a_trajectory_that_fails_does_not_change_the_others(rule, activation):
+def test_a_trajectory_that_fails_does_not_change_the_others(rule, activation, agree):
     x, y = fs.data.gaussian_separable(20, 5, seed=SEEDS)
     net = fs.MLP([5, 8, 1], activation=activation)
     w0 = net.init(SEEDS)
@@ -516,7 +516,7 @@ def test_a_trajectory_that_fails_does_not_change_the_others(rule, activation):
     pair = fs.simulate(
         fs.Problem(net, x[kept], y[kept], fs.exponential), rule, w0[kept], until=until
     )
-    assert torch.equal(pair.final.w, r.final.w[kept])
+    agree(pair.final.w, r.final.w[kept])
 
 
 @pytest.mark.parametrize(
@@ -528,12 +528,16 @@ def test_a_trajectory_that_fails_does_not_change_the_others(rule, activation):
     ],
     ids=["small steps", "flow", "descent"],
 )
-def test_the_final_state_does_not_depend_on_the_number_of_saves(rule, activation):
+def test_the_final_state_does_not_depend_on_the_number_of_saves(rule, activation, agree):
     x, y = fs.data.gaussian_separable(12, 4, margin=0.5, seed=0)
     net = fs.MLP([4, 6, 1], activation=activation)
-    problem, w0 = fs.Problem(net, x, y, fs.logistic), net.init([0, 1])
-    few, many = (
-        fs.simulate(problem, rule, w0, until=fs.lam(0.0, saves=n), max_steps=400) for n in (5, 50)
-    )
-    assert few.statuses == many.statuses
-    assert same(few.final, many.final)
+    problem = fs.Problem(net, x, y, fs.logistic)
+    for seeds in ([0], [0, 1]):
+        few, many = (
+            fs.simulate(problem, rule, net.init(seeds), until=fs.lam(0.0, saves=n), max_steps=400)
+            for n in (5, 50)
+        )
+        assert few.statuses == many.statuses
+        if len(seeds) == 1:
+            assert same(few.final, many.final)
+        agree(few.final, many.final, rel=1e-7)

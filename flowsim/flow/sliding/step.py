@@ -92,7 +92,7 @@ class KinkImplicit(Method):
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
         problem, metric = _required(objective, field)
-        net = problem.two_layer(len(state.w))
+        net, before = problem.two_layer(len(state.w)), state
         point = net.at(state.w)
         stored = state.multipliers
         given = (point.z > 0).to(state.w) if stored is None else stored.view_as(point.z)
@@ -108,14 +108,13 @@ class KinkImplicit(Method):
         if "tau" not in state.memory:
             state = without_size(state)
         state = begun(problem, state, sample, torch.full_like(zero, 1e-3), {"tau": zero})
-        return _with_kinks(state, state.multipliers)
+        return _going_on(metric, point, before, _with_kinks(state, state.multipliers))
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
         problem, metric = _required(objective, field)
-        # one trajectory at a time: sets of kinks differ, and padding to the largest would round by
-        # batch-mates
+        # one trajectory at a time: sets of kinks differ in size
         for row in torch.arange(len(state.w), device=state.w.device).split(1):
             part, begun = problem.select(row), state.select(row)
             local = advance_by_steps(
@@ -362,6 +361,29 @@ def _required(objective: Objective, field: Field) -> tuple[Problem, Metric]:
             "net with kinks; try flowsim.SmallStep for the small-step path"
         )
     return objective, Metric.of(field.norm)
+
+
+def _going_on(metric: Metric, point: NetAt, before: State, anew: State) -> State:
+    """``anew``, but ``before`` itself for trajectories that come from this flow of this problem.
+
+    A selection at the same place may round otherwise, and where a pair has just been released it
+    may take the other side."""
+    if (
+        before.multipliers is None
+        or before.segment is None
+        or before.memory.keys() != anew.memory.keys()
+    ):
+        return anew
+    h, kept = point.gradient(point.slopes(before.multipliers.view_as(point.z))), before.memory
+    pairs = [
+        (before.readings["lam"], point.lam.double()),
+        (kept["dual_norm"], metric.norm.dual(h).double()),
+        (metric.norm.dual(kept["ascent"] - h).double() + kept["dual_norm"], kept["dual_norm"]),
+    ]
+    digits = torch.finfo(h.dtype).eps ** 0.5
+    same = [(a - b).abs() <= digits * (a.abs() + b.abs()) for a, b in pairs]
+    tallies = before.tallies | {"gradients": anew.tallies["gradients"]}
+    return replace(before, tallies=tallies).where(torch.stack(same).all(0), anew)
 
 
 def _readable(metric: Metric, problem: Problem, state: State) -> State:
