@@ -7,7 +7,7 @@ from torch import Tensor
 from flowsim.flow.explicit import DOPRI5
 from flowsim.flow.field import Field, speed_of
 from flowsim.flow.movements.step import MinimisingMovement
-from flowsim.flow.pieces.polytope import follows
+from flowsim.flow.pieces.polytope import is_polyhedral
 from flowsim.flow.pieces.step import ExactPieces
 from flowsim.flow.rosenbrock import ROS34PW2
 from flowsim.flow.sliding.step import KinkImplicit
@@ -95,7 +95,7 @@ def suited(norm: Norm, objective: Objective) -> Method:
     both."""
     if objective.kinks:
         return KinkImplicit() if norm.quadratic else MinimisingMovement()
-    if objective.convex and follows(norm):
+    if objective.convex and is_polyhedral(norm):
         return ExactPieces()
     if norm.quadratic:
         return ROS34PW2

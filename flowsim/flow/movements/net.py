@@ -2,10 +2,10 @@
 linear.
 
 The movement of arclength ε from w ends at w + εv, where v is steepest for an element of Clarke's
-gradient of Λ there. It is found by a sequence of convex programmes (`interior`), each a model of
-the net at the last guess: margins linearised but for the kinks that attract, whose hinges stay as
-they are, so that any number of kinks and coordinates may come to slide, or stop, in one movement.
-What is not convex is
+gradient of Λ there. It is found by a sequence of convex programmes (`solve_hinged`), each a model of the
+net at the last guess: margins linearised but for the kinks that attract, whose hinges stay as they
+are, so that any number of kinks and coordinates may come to slide, or stop, in one movement. What
+is not convex is
 
     kinks that repel       replaced by the side that the guess is on, which lies below them,
     products of weights    linearised, less ½ Δᵀ C Δ with C the negative part of their curvature,
@@ -20,30 +20,60 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from flowsim.convex.hinge_newton import HingedIterate
 from flowsim.convex.hinged import Optimum, solve_hinged
 from flowsim.convex.programme import Programme
-from flowsim.flow.movements.convex import Guess, Movement, linear_reading, touching
+from flowsim.flow.movements.movement import Guess, Movement, linear_reading, touching
 from flowsim.norms.norm import Norm
 from flowsim.problems.kinks import NetAt, release_sides
 from flowsim.problems.problem import Problem
 
+_Vector = Float[Tensor, " P"]  # in the place of the weights
+_Pairs = Float[Tensor, "N m"]  # one number for each example and neuron
+
+SWEEPS = 20  # the most programmes for a movement
+
 
 @dataclass(frozen=True)
-class _Model:
-    """A programme, and the length, gain and hinges that it is made of."""
+class _Task:
+    """A movement to be found: from ``w`` with pre-activations ``z``, how far these may move, and
+    what is known of the kinks."""
 
-    programme: Programme
-    unit: float
-    live: Bool[Tensor, "N m"]
+    w: _Vector
+    eps: float
+    z: _Pairs
+    farthest: Float[Tensor, "N 1"]
+    multipliers: _Pairs
+    releases: float
+
+
+@dataclass(frozen=True)
+class _Sweeps:
+    """The next guess ``v``, the best movement of the sweeps before it, and what the last of them
+    made of their guesses."""
+
+    v: _Vector
+    top: Movement | None = None
+    asked: tuple[Tensor, ...] = ()
+    given: tuple[Tensor, ...] = ()
+
+    def followed(self, ended: Movement) -> "_Sweeps":
+        """After one more sweep."""
+        if self.top is not None and ended.lam < self.top.lam:  # the last guess went too far
+            return _Sweeps(self.top.v, self.top)
+        asked = (*self.asked[-3:], self.v)
+        given = (*self.given[-3:], ended.v)
+        return _Sweeps(_extrapolated(asked, given), ended, asked, given)
 
 
 class NetMover:
-    """Movements of one two-layer net. Dual variables are the slopes of all pairs (example, neuron).
+    """Movements of one two-layer net. Dual variables are the multipliers of all pairs (example,
+    neuron).
 
-    A kink that slides and begins to repel is released to a side: see `kinks.taken` for ``sides``.
-    """
+    A kink that slides and begins to repel is released to a side: see `kinks.release_sides` for
+    ``sides``."""
 
     trusted: ClassVar[float] = 1e-3
 
@@ -52,171 +82,166 @@ class NetMover:
     ) -> None:
         self.norm, self.problem, self.sides = norm, problem, sides
         self.net = problem.two_layer(1)
-        self._reach = _reach(norm, self.net.x[0], w.shape[1])
+        self._farthest = _farthest(norm, self.net.x[0], w.shape[1])
         self._signs = _signs(problem, w)
-        rows, examples = len(self._signs), self.net.x.shape[1]
-        of = torch.arange(rows, device=w.device) // (rows // examples)
         # each row's example, the first example parallel to it, and the multiple that it is of that
-        self._own, self._of, self._share = (
-            of,
-            self.net.representative[0][of],
-            self.net.coefficient[0][of],
-        )
+        rows, examples = len(self._signs), self.net.x.shape[1]
+        self._example = torch.arange(rows, device=w.device) // (rows // examples)
+        self._parallel = self.net.representative[0][self._example]
+        self._multiple = self.net.coefficient[0][self._example, None]
 
     @property
-    def duals(self) -> int:
+    def unknowns(self) -> int:
         return self.net.x.shape[1] * self.net.width
 
-    def aim(self, rtol: float, atol: float, w: Float[Tensor, " P"], eps: float) -> float:
+    def aim(self, rtol: float, atol: float, w: _Vector, eps: float) -> float:
         """The gap is what Λ lacks of its gain, which tells at second order only."""
         return min(1e-5, 1e-3 * rtol)
 
-    def move(
-        self, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float = 1e-9
-    ) -> Movement:
-        z0 = self.net.at(w[None]).z[0]
-        begun = Guess(torch.zeros_like(w), (z0 > 0).to(w).flatten()) if guess is None else guess
-        v, given = begun.v, begun.duals.view_as(z0)
-        best, top, iterate, newton = None, None, None, 0
-        asked: list[Tensor] = []
-        given_back: list[Tensor] = []
-        for _ in range(20):
-            model = self._model(w, z0, eps, v, replace(begun, duals=given))
-            if model is None:
+    def move(self, w: _Vector, eps: float, guess: Guess | None, tol: float = 1e-9) -> Movement:
+        start = self.net.at(w[None])
+        z = start.z[0]
+        begun = guess or Guess(torch.zeros_like(w), (z > 0).to(w).flatten())
+        multipliers = begun.dual_variables.view_as(z)
+        task = _Task(w, eps, z, eps * self._farthest[:, None], multipliers, begun.releases)
+        sweeps, best, iterate, newton = _Sweeps(begun.v), None, None, 0
+        for _ in range(SWEEPS):
+            programme = self._programme(task, sweeps.v, multipliers)
+            if programme is None:
                 break
             aim = 1e-3 if best is None else max(0.1 * tol, 1e-3 * best.gap)
-            found = self._solve(model, aim, iterate)
+            found = self._solve(programme, aim, iterate)
             iterate, newton = found.iterate, newton + found.newton
-            ended = self._ended(w, eps, model, found, begun)
+            ended = self._ended(task, programme, found)
             best = ended if best is None or ended.gap < best.gap else best
             if best.gap <= tol:
                 break
-            if top is not None and ended.lam < top.lam:
-                # the last guess went too far
-                asked, given_back, ended = [], [], top
-                v = ended.v
-            else:
-                top, asked, given_back = ended, [*asked[-3:], v], [*given_back[-3:], ended.v]
-                v = _extrapolated(asked, given_back)
-            given = ended.duals.view_as(z0)
-        return self._unmoved(w, given) if best is None else replace(best, newton=newton)
+            sweeps = sweeps.followed(ended)
+            multipliers = (sweeps.top or ended).dual_variables.view_as(z)
+        if best is None:
+            return self._movement(task, start, torch.zeros_like(w), multipliers)
+        return replace(best, newton=newton)
 
-    def _unmoved(self, w: Tensor, given: Tensor) -> Movement:
-        point = self.net.at(w[None])
-        h = point.gradient(point.slopes(given[None]))[0]
-        gap = 0.0 if float(self.norm.dual(h)) == 0 else math.inf
-        return Movement(
-            w, torch.zeros_like(w), given.flatten(), gap, 0.0, point.lam[0], h, given.flatten()
-        )
+    # --- the programme of a sweep -----------------------------------------------------------------
 
-    def _solve(self, model: _Model, tol: float, start: HingedIterate | None) -> Optimum:
-        """The optimum of a model, begun anew where an old iterate leads nowhere."""
-        found = solve_hinged(model.programme, self.norm, tol, start)
-        if found.gap > tol and start is not None:
-            return self._solve(model, tol, None)
-        return found
-
-    def _model(self, w: Tensor, z0: Tensor, eps: float, v: Tensor, guess: Guess) -> _Model | None:
-        """The programme at the guess w + εv, in units of the gain that its gradient promises."""
-        point = self.net.at((w + eps * v)[None])
-        live = (
-            (point.jump[0] < 0)
-            & self.net.distinct[0]
-            & (z0.abs() <= 1.001 * eps * self._reach[:, None])
-        )
-        given = guess.duals.view_as(z0)
-        slopes = point.slopes(torch.where(live, given, self._off(point, given, guess))[None])
-        unit = eps * float(self.norm.dual(point.gradient(slopes)[0]))
-        if not 0 < unit < math.inf:
+    def _programme(self, task: _Task, v: _Vector, multipliers: _Pairs) -> Programme | None:
+        """The model at the guess w + εv, in units of the gain that its gradient promises."""
+        point = self.net.at((task.w + task.eps * v)[None])
+        attracts = (point.jump[0] < 0) & self.net.distinct[0]
+        live = attracts & (task.z.abs() <= 1.001 * task.farthest)
+        sides = self._sides_off(task, point, multipliers)
+        slopes = point.slopes(torch.where(live, multipliers, sides)[None])
+        gain = task.eps * float(self.norm.dual(point.gradient(slopes)[0]))
+        if not 0 < gain < math.inf:
             return None
         scale, margins = touching(self.problem.loss, point.outputs, self.net.y)
         slope, kinks, ends = self._rows(point, slopes, live, scale[:, None] * self._signs)
+        per_gain = task.eps / gain
+        curb = _curb(self._products(point, slopes), self._blocks(v))
         programme = Programme(
             x=self.net.x[0],
-            example_of=self._of,
-            slope=slope * (eps / unit),
-            ends=ends * (eps / unit),
-            kinks=kinks * (eps / unit),
+            example_of=self._parallel,
+            slope=slope * per_gain,
+            ends=ends * per_gain,
+            kinks=kinks * per_gain,
             live=live.mT,
-            z=z0.mT / eps,
-            offset=margins / unit,
-            temperature=1 / unit,
-            curb=(eps * eps / unit) * _curb(self._products(point, slopes), self._blocked(v)),
-            centre=self._blocked(v),
+            z=task.z.mT / task.eps,
+            offset=margins / gain,
+            temperature=1 / gain,
+            curb=curb * (task.eps * task.eps / gain),
+            centre=self._blocks(v),
         )
         # at the guess the model's margins are those of the net
-        hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / eps
+        hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / task.eps
         offset = programme.offset - programme.rows(programme.centre) + programme.hinge_loss(hinges)
-        return _Model(replace(programme, offset=offset - offset.amin()), unit, live)
+        return replace(programme, offset=offset - offset.amin())
 
     def _rows(
-        self, point: NetAt, slopes: Tensor, live: Tensor, signs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """How margins depend on inner weights off their hinges ``(m, R)``, on hinges ``(m, R)``,
-        and on outer weights ``(m, C, R)``, with ``signs (R, C)`` how they depend on outputs.
+        self,
+        point: NetAt,
+        slopes: Float[Tensor, "1 N m"],
+        live: Bool[Tensor, "N m"],
+        signs: Float[Tensor, "R C"],
+    ) -> tuple[Float[Tensor, "m R"], Float[Tensor, "m R"], Float[Tensor, "m C R"]]:
+        """How margins depend on inner weights off their hinges, on hinges, and on outer weights,
+        with ``signs`` how they depend on outputs.
 
         Activations are those of the first parallel input: for x_r = c·x the hinge of ⟨x_r, w⟩ is
         |c|(s − z) if c < 0."""
-        leak, share = self.net.leak, self._share[:, None]
-        pull, hinged = signs @ point.last[0], live[self._of]
-        beside = leak * share + (1 - leak) * share.clamp_max(0)
-        slope = torch.where(hinged, pull * beside, pull * share * slopes[0][self._own])
-        kinks = torch.where(hinged, -(1 - leak) * pull * share.abs(), 0.0)
-        return slope.mT, kinks.mT, torch.einsum("rc,rm->mcr", signs, point.hidden[0][self._own])
+        leak, multiple = self.net.leak, self._multiple
+        pull = signs @ point.last[0]  # (R, m)
+        hinged = live[self._parallel]
+        beside = leak * multiple + (1 - leak) * multiple.clamp_max(0)
+        beyond = pull * multiple * slopes[0][self._example]
+        slope = torch.where(hinged, pull * beside, beyond)
+        kinks = torch.where(hinged, -(1 - leak) * pull * multiple.abs(), 0.0)
+        ends = torch.einsum("rc,rm->mcr", signs, point.hidden[0][self._example])
+        return slope.mT, kinks.mT, ends
 
-    def _blocked(self, v: Float[Tensor, " P"]) -> Float[Tensor, "m D"]:
+    def _blocks(self, v: _Vector) -> Float[Tensor, "m D"]:
+        """The inner and the outer weights of each neuron."""
         m, d = self.net.width, self.net.x.shape[2]
-        return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)
+        inner, outer = v.split([m * d, len(v) - m * d])
+        return torch.cat([inner.view(m, d), outer.view(-1, m).mT], 1)
 
-    def _released(self, point: NetAt, multipliers: Tensor) -> Bool[Tensor, "N m"]:
-        """Which kinks slide with these multipliers, but repel at this point."""
-        return (multipliers > 0) & (multipliers < 1) & (point.jump[0] >= 0)
-
-    def _off(self, point: NetAt, multipliers: Tensor, begun: Guess) -> Float[Tensor, "N m"]:
-        """The sides of pairs that nothing holds: the one that they are on, or the one to which they
-        are released."""
-        released = self._released(point, multipliers)
-        before = multipliers.new_tensor([begun.releases])
-        sides = release_sides(
-            multipliers.view(1, -1), released.view(1, -1), before, self.sides
-        ).view_as(multipliers)
-        return torch.where(released, sides, (point.z[0] > 0).to(multipliers))
-
-    def _products(self, point: NetAt, slopes: Tensor) -> Float[Tensor, "m C d"]:
+    def _products(self, point: NetAt, slopes: Float[Tensor, "1 N m"]) -> Float[Tensor, "m C d"]:
         """∂²Λ/∂a_cj∂w_j of every neuron, at fixed softmax weights."""
         return torch.einsum("nc,nm,nd->mcd", point.cotangent[0], slopes[0], self.net.x[0])
 
-    def _ended(
-        self, w: Tensor, eps: float, model: _Model, found: Optimum, begun: Guess
-    ) -> Movement:
-        """The end of a movement, with its own gradient and what that still promises."""
-        v = model.programme.flat(found.v)
-        end = w + eps * v
-        point = self.net.at(end[None])
-        limit = model.programme.largest_force(found.p)
-        share = torch.where(limit > 0, found.f / limit.clamp_min(1e-300), 0.0).clamp(0, 1).mT
-        z, jump = point.z[0], point.jump[0]
+    def _solve(self, programme: Programme, tol: float, start: HingedIterate | None) -> Optimum:
+        """The optimum of a programme, begun anew where an old iterate leads nowhere."""
+        found = solve_hinged(programme, self.norm, tol, start)
+        if found.gap > tol and start is not None:
+            return self._solve(programme, tol, None)
+        return found
+
+    # --- the end of a sweep -----------------------------------------------------------------------
+
+    def _ended(self, task: _Task, programme: Programme, found: Optimum) -> Movement:
+        """The movement that a programme has found, with the gradient of the net at its end."""
+        v = programme.flat(found.v)
+        point = self.net.at((task.w + task.eps * v)[None])
+        largest = programme.largest_force(found.p)
+        fraction = torch.where(largest > 0, found.f / largest.clamp_min(1e-300), 0.0)
+        fraction = fraction.clamp(0, 1).mT  # (N, m)
         # of force and distance one is rounding
-        near = z.abs() <= share * (1 - share) * eps * self._reach[:, None]
-        holds = model.live & near & (jump < 0)
-        given = torch.where(
-            holds,
-            share,
-            self._off(point, torch.where(model.live & near, share, begun.duals.view_as(z)), begun),
-        )
-        h = point.gradient(point.slopes(given[None]))[0]
-        releases = begun.releases + float(self._released(point, begun.duals.view_as(z)).sum())
-        dual = self.norm.dual(h)
-        gap = float((dual - h @ v) / dual) if float(dual) > 0 else 0.0
+        near = point.z[0].abs() <= fraction * (1 - fraction) * task.farthest
+        held = near & programme.live.mT
+        sides = self._sides_off(task, point, torch.where(held, fraction, task.multipliers))
+        multipliers = torch.where(held & (point.jump[0] < 0), fraction, sides)
+        return self._movement(task, point, v, multipliers)
+
+    def _movement(self, task: _Task, point: NetAt, v: _Vector, multipliers: _Pairs) -> Movement:
+        """The movement along v that ends at this point, and what its gradient still promises."""
+        h = point.gradient(point.slopes(multipliers[None]))[0]
+        dual_norm = self.norm.dual(h)
+        gap = 0.0 if float(dual_norm) == 0 else float((dual_norm - h @ v) / dual_norm)
+        gap = gap if math.isfinite(gap) else math.inf
+        releases = task.releases + float(_released(point, task.multipliers).sum())
+        end = task.w + task.eps * v
         return Movement(
-            end, v, given.flatten(), gap, 0.0, point.lam[0], h, given.flatten(), releases
+            v, multipliers.flatten(), releases, w=end, gap=gap, lam=point.lam[0], ascent=h
         )
 
+    def _sides_off(self, task: _Task, point: NetAt, multipliers: _Pairs) -> _Pairs:
+        """The sides of pairs that nothing holds: the one that they are on, or the one to which they
+        are released."""
+        released = _released(point, multipliers)
+        before = multipliers.new_tensor([task.releases])
+        flat = multipliers.view(1, -1), released.view(1, -1)
+        sides = release_sides(*flat, before, self.sides).view_as(multipliers)
+        return torch.where(released, sides, (point.z[0] > 0).to(multipliers))
 
-def _reach(norm: Norm, x: Float[Tensor, "N d"], size: int) -> Float[Tensor, " N"]:
+
+def _released(point: NetAt, multipliers: _Pairs) -> Bool[Tensor, "N m"]:
+    """Which kinks slide with these multipliers, but repel at this point."""
+    return (multipliers > 0) & (multipliers < 1) & (point.jump[0] >= 0)
+
+
+def _farthest(norm: Norm, x: Float[Tensor, "N d"], size: int) -> Float[Tensor, " N"]:
     """The most that a pre-activation can change along a unit direction: the dual norm of its
     normal."""
-    padded = [torch.nn.functional.pad(part, (0, size - x.shape[1])) for part in x.split(16)]
+    padded = [functional.pad(part, (0, size - x.shape[1])) for part in x.split(16)]
     return torch.cat([norm.dual(part) for part in padded])
 
 
@@ -225,12 +250,11 @@ def _signs(problem: Problem, w: Float[Tensor, "1 P"]) -> Float[Tensor, "R C"]:
     reading = linear_reading(problem.loss)
     outputs = problem.outputs(w)
     units = torch.eye(outputs.shape[-1]).to(outputs)
-    return torch.stack(
-        [reading.read(unit.expand_as(outputs), problem.y)[0][0] for unit in units], -1
-    )
+    columns = [reading.read(unit.expand_as(outputs), problem.y)[0][0] for unit in units]
+    return torch.stack(columns, -1)
 
 
-def _extrapolated(asked: list[Tensor], given: list[Tensor]) -> Float[Tensor, " P"]:
+def _extrapolated(asked: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> _Vector:
     """The next guess after sweeps that made ``given`` from ``asked`` (Anderson 1965)."""
     if len(asked) < 2:
         return given[-1]
@@ -248,15 +272,11 @@ def _curb(b: Float[Tensor, "m C d"], v: Float[Tensor, "m D"]) -> Float[Tensor, "
     every t. The second square makes C; t is such that it vanishes along v, where the step is going.
     """
     left, s, right = torch.linalg.svd(b, full_matrices=False)
-    alpha, beta = (
-        (right @ v[:, : b.shape[2], None])[..., 0],
-        (left.mT @ v[:, b.shape[2] :, None])[..., 0],
-    )
+    d = b.shape[2]
+    alpha = (right @ v[:, :d, None])[..., 0]  # (m, r)
+    beta = (left.mT @ v[:, d:, None])[..., 0]
     known = (alpha != 0) & (beta != 0)
-    t = (
-        torch.where(known, beta.abs() / torch.where(known, alpha.abs(), 1.0), 1.0)
-        .clamp(0.04, 25)
-        .sqrt()
-    )
-    rows = torch.cat([t[..., None] * right, -left.mT / t[..., None]], 2) * (s / 2).sqrt()[..., None]
+    ratio = beta.abs() / torch.where(known, alpha.abs(), 1.0)
+    t = torch.where(known, ratio, 1.0).clamp(0.04, 25).sqrt()[..., None]
+    rows = torch.cat([t * right, -left.mT / t], 2) * (s / 2).sqrt()[..., None]
     return rows.mT @ rows

@@ -19,20 +19,23 @@ from torch import Tensor
 from flowsim.convex.balls import supports_ball
 from flowsim.convex.smoothed import supports_smoothing
 from flowsim.flow.field import Field, Sample, memory_of, sample_of
-from flowsim.flow.movements.convex import ConvexMover, Guess, Movement, Mover
+from flowsim.flow.movements.convex import ConvexMover
+from flowsim.flow.movements.movement import Guess, Movement, Mover
 from flowsim.flow.movements.net import NetMover
 from flowsim.flow.steps import (
     Controller,
     Method,
     added,
     begun,
+    count_attempt,
+    error_of_weights,
     log_elapsed_in,
     segment_between,
     stop_if_stuck,
 )
 from flowsim.motion.clocks import ARCLENGTH, Clock, Target
-from flowsim.motion.rule import advance_by_steps
-from flowsim.motion.state import State, Status, tree_map
+from flowsim.motion.rule import advance_by_steps, one_by_one
+from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
 from flowsim.problems.kinks import require_sides
 from flowsim.problems.objective import Objective
@@ -40,16 +43,10 @@ from flowsim.problems.problem import Problem
 
 _GAMMA = 1 - 1 / math.sqrt(2)
 
-
 # the quadrature of third order at 0, γ and 1
 _MIDDLE = 1 / (6 * _GAMMA * (1 - _GAMMA))
-
-
 _LAST = (2 - 3 * _GAMMA) / (6 * (1 - _GAMMA))
-
-
-_NODES = (1 - _MIDDLE - _LAST, _MIDDLE, _LAST)
-
+_FIRST = 1 - _MIDDLE - _LAST
 
 _CONTROL = Controller(order=3, broken=0.4)
 
@@ -76,29 +73,24 @@ class MinimisingMovement(Method):
         require_sides("MinimisingMovement", self.sides)
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
-        rows = [torch.tensor([b], device=state.w.device) for b in range(len(state.w))]
         if state.w.dtype != torch.float64:
             raise ValueError(
                 f"MinimisingMovement needs weights in float64, got {state.w.dtype}; try w.double()"
             )
-        begun = [self._begin(field, objective.select(row), state.select(row)) for row in rows]
-        return tree_map(lambda *parts: torch.cat(parts), *begun)
+
+        def run(part: Objective, local: State) -> State:
+            return self._steps(field, part, local).begun(local)
+
+        return one_by_one(run, objective, state)
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        for b in state.running.nonzero().flatten():
-            row = b[None]
-            part, local = objective.select(row), state.select(row)
-            mover = mover_of(field.norm, part, local.w, self.sides)
+        def run(part: Objective, local: State, goal: Target) -> State:
+            steps = self._steps(field, part, local)
+            return advance_by_steps(lambda _, at: steps.attempted(at), part, local, goal, budget)
 
-            def step(part: Objective, local: State, mover: Mover = mover) -> State:
-                return self._step(field, mover, part, local)
-
-            state = state.scatter(
-                row, advance_by_steps(step, part, local, until.select(row), budget)
-            )
-        return state
+        return one_by_one(run, objective, state, until)
 
     def refined(
         self, field: Field, objective: Objective, state: State, u: Tensor, point: State
@@ -108,191 +100,15 @@ class MinimisingMovement(Method):
 
         Softmax weights see margins, which grow like Λ, to O(1): late in training those of an
         interpolated place are the weights of another one. Only nets with kinks need it."""
-        step = state.segment
-        if not objective.kinks or step is None or step.multipliers0 is None:
-            return point
-        for b in ((u > 0) & (u < 1)).nonzero().flatten():
-            mover = mover_of(field.norm, objective.select(b[None]), point.w[b][None], self.sides)
-            eps = float(u[b] * (step.readings1["arclength"][b] - step.readings0["arclength"][b]))
-            way, releases = step.slope0[b], float(state.tallies["releases"][b])
-            guess = Guess(way / mover.norm.value(way), step.multipliers0[b], releases)
-            one, two = _stages(
-                mover, step.w0[b], eps, guess, mover.aim(field.rtol, field.atol, step.w0[b], eps)
-            )
-            if max(one.gap, two.gap) < mover.trusted:
-                local = point.select(b[None])
-                readings = local.readings | {"lam": two.lam[None].double()}
-                local = replace(local, w=two.w[None], readings=readings)
-                point = point.scatter(b[None], _sliding(local, two))
+        if objective.kinks:
+            for row in ((u > 0) & (u < 1)).nonzero():
+                last, local = state.select(row), point.select(row)
+                steps = self._steps(field, objective.select(row), last)
+                point = point.scatter(row, steps.refined(last, u[row], local))
         return point
 
-    def _begin(self, field: Field, objective: Objective, state: State) -> State:
-        """The state with the direction of a short movement, unless it comes from such steps."""
-        names = ("newton", "gap", *(("sliding", "releases") if objective.kinks else ()))
-        state = replace(
-            state,
-            tallies={name: torch.zeros_like(state.step_size) for name in names} | state.tallies,
-        )
-        mover = mover_of(field.norm, objective, state.w, self.sides)
-        lam, h = objective.ascent(state.w)
-        if _resumes(state, mover, float(lam)):
-            return state
-        dual = float(field.norm.dual(h)[0])
-        rise = 1.0 if objective.logarithmic else abs(float(lam))
-        size = 1e-3 * rise / dual if dual > 0 else 1.0
-        moved = mover.move(state.w[0], size, _guess(state, mover), 1e-9)
-        h = h if moved.multipliers is None else moved.ascent[None]
-        sample = field.sample(objective, state.w, lam, h, moved.v[None])
-        state = replace(state, tallies=added(state, newton=moved.newton))
-        first = torch.full_like(state.step_size, size)
-        state = begun(objective, state, sample, first, {"duals": moved.duals[None]})
-        return _sliding(state, moved).stopped(sample.dual_norm == 0, Status.STATIONARY)
-
-    def _step(self, field: Field, mover: Mover, objective: Objective, state: State) -> State:
-        """One attempt of one trajectory."""
-        first, eps = sample_of(state), float(state.step_size)
-        guess = Guess(
-            first.velocity[0], state.memory["duals"][0], float(state.tallies.get("releases", 0.0))
-        )
-        tol = mover.aim(field.rtol, field.atol, state.w[0], eps)
-        trial = implicit_step(field, mover, objective, state.w[0], first, eps, guess, tol)
-        excess = self._excess(field, mover, objective, state, first, trial)
-        counts = {"gradients": 2.0, "newton": trial.newton}
-        factor = float(_CONTROL.factor(torch.tensor(excess, dtype=torch.float64)))
-        if excess > 1:
-            tallies = added(state, rejected=1.0, **counts)
-            return self._judged(
-                field, replace(state, tallies=tallies, step_size=state.step_size * factor), trial
-            )
-        tallies = added(state, accepted=1.0, **counts)
-        tallies["gap"] = tallies["gap"].clamp_min(trial.gap)
-        moved = self._moved(objective, replace(state, tallies=tallies), first, trial)
-        size = state.step_size * factor
-        if objective.degree > 1:
-            size = size.minimum(0.2 * field.norm.value(moved.w).double())
-        return self._judged(field, replace(moved, step_size=size), trial)
-
-    def _moved(
-        self, objective: Objective, state: State, first: Sample, trial: "MovementTrial"
-    ) -> State:
-        """The state after an accepted step."""
-        dt = torch.full_like(state.step_size, trial.length)
-        elapsed = log_elapsed_in(objective, first, trial.last, dt)
-        readings = {
-            "steps": state.readings["steps"] + 1,
-            "lam": trial.last.lam,
-            "log_time": torch.logaddexp(state.readings["log_time"], elapsed),
-            "arclength": state.readings["arclength"] + dt,
-            **{
-                name: state.readings[name] + dt * trial.mean(name, first)
-                for name in ("relative", "dissipated")
-            },
-        }
-        moved = replace(
-            state,
-            w=trial.w[None],
-            readings=readings,
-            memory=memory_of(trial.last) | {"duals": trial.end.duals[None]},
-            segment=segment_between(
-                objective, state, trial.w[None], first, trial.last, dt, readings
-            ),
-        )
-        return _sliding(moved, trial.end, state.multipliers)
-
-    def _excess(
-        self,
-        field: Field,
-        mover: Mover,
-        objective: Objective,
-        state: State,
-        first: Sample,
-        trial: "MovementTrial",
-    ) -> float:
-        """The error over its tolerance; infinite where the step is no good."""
-        w, e = state.w[0], trial.error
-        size = max(float(torch.linalg.vector_norm(w)), float(torch.linalg.vector_norm(trial.w)))
-        excess = float(torch.linalg.vector_norm(e)) / (field.atol + field.rtol * size)
-        rise = float(trial.last.lam - first.lam)
-        if objective.logarithmic:
-            excess = max(
-                excess, abs(float(trial.last.ascent[0] @ e)) / (field.rtol * max(1.0, rise))
-            )
-        before = _soft_margin(field.norm, objective, first.lam, state.w)
-        after = _soft_margin(field.norm, objective, trial.last.lam, trial.w[None])
-        falls = rise < -1e-13 * max(1.0, abs(float(first.lam))) or (
-            before > 0 and after < before * (1 - 1e-12)
-        )
-        return (
-            excess
-            if math.isfinite(excess) and trial.gap < mover.trusted and not falls
-            else math.inf
-        )
-
-    def _judged(self, field: Field, state: State, trial: "MovementTrial") -> State:
-        """The state, stopped if the trajectory cannot go on."""
-        moved = trial.w[None] == state.w
-        state = state.stopped(moved.all(-1) & trial.interior, Status.STATIONARY)
-        finite = torch.isfinite(trial.w).all() & torch.isfinite(trial.last.lam)
-        return stop_if_stuck(state, state.step_size, finite, least=1e-3 * field.atol)
-
-
-@dataclass(frozen=True)
-class MovementTrial:
-    """A step: the movement that ends it, its error vector, the field at the stage and at the
-    end."""
-
-    end: Movement
-    error: Float[Tensor, " P"]
-    middle: Sample
-    last: Sample
-    length: float
-    interior: bool
-    gap: float
-    newton: float
-
-    @property
-    def w(self) -> Float[Tensor, " P"]:
-        return self.end.w
-
-    def mean(self, name: str, first: Sample) -> Float[Tensor, " 1"]:
-        """The mean of a rate over the step."""
-        values = (first.rates[name], self.middle.rates[name], self.last.rates[name])
-        return sum(
-            (c * v for c, v in zip(_NODES, values, strict=True)), start=torch.zeros_like(values[0])
-        )
-
-
-def implicit_step(
-    field: Field,
-    mover: Mover,
-    objective: Objective,
-    w: Float[Tensor, " P"],
-    first: Sample,
-    eps: float,
-    guess: Guess | None,
-    tol: float = 1e-15,
-) -> MovementTrial:
-    """One step of arclength ``eps`` from w, where the direction is that of ``first``."""
-    one, two = _stages(mover, w, eps, guess, tol)
-
-    def sample(at: Movement) -> Sample:
-        return field.sample(objective, at.w[None], at.lam[None], at.ascent[None], at.v[None])
-
-    u = first.velocity[0]
-    lacking = (-_NODES[0], 1 - _GAMMA - _NODES[1], _GAMMA - _NODES[2])
-    error = eps * (lacking[0] * u + lacking[1] * one.v + lacking[2] * two.v)
-    # inside the ball there is no steepest direction: the end is a minimiser
-    interior = float(mover.norm.value(two.v)) < 0.999
-    length = float(mover.norm.value(two.w - w)) if interior else eps
-    gap, newton = max(one.gap, two.gap), one.newton + two.newton
-    return MovementTrial(two, error, sample(one), sample(two), length, interior, gap, newton)
-
-
-def _stages(
-    mover: Mover, w: Tensor, eps: float, guess: Guess | None, tol: float
-) -> tuple[Movement, Movement]:
-    one = mover.move(w, _GAMMA * eps, guess, tol)
-    return one, mover.move(w + (1 - _GAMMA) * eps * one.v, _GAMMA * eps, one.guess, tol)
+    def _steps(self, field: Field, objective: Objective, state: State) -> "ImplicitSteps":
+        return ImplicitSteps(field, objective, mover_of(field.norm, objective, state.w, self.sides))
 
 
 def mover_of(
@@ -302,8 +118,8 @@ def mover_of(
     if objective.kinks and isinstance(objective, Problem):
         if not supports_ball(norm):
             raise ValueError(
-                f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a quadratic norm "
-                "for a net with kinks; try flowsim.SmallStep for the small-step path"
+                f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a "
+                "quadratic norm for a net with kinks; try flowsim.SmallStep for the small-step path"
             )
         return NetMover(norm, objective, w, sides)
     if not supports_smoothing(norm):
@@ -313,46 +129,227 @@ def mover_of(
     return ConvexMover(norm, objective, w)
 
 
-def _guess(state: State, mover: Mover) -> Guess | None:
-    """What a state knows of kinks that slide."""
-    if state.multipliers is None or state.multipliers.shape[1] != mover.duals:
-        return None
-    return Guess(
-        torch.zeros_like(state.w[0]),
-        state.multipliers[0],
-        float(state.tallies.get("releases", 0.0)),
-    )
+# --------------------------------------------------------------------------------------------------
+# A step
+# --------------------------------------------------------------------------------------------------
 
 
-def _sliding(state: State, at: Movement, before: Tensor | None = None) -> State:
-    """The state with the kinks of a movement, which began with those of ``before``."""
-    if at.multipliers is None:
-        return state
-    multipliers = at.multipliers[None]
-    sliding = ((multipliers > 0) & (multipliers < 1)).sum(-1).double()
-    step = state.segment
-    if step is not None:
-        step = replace(
-            step, multipliers0=multipliers if before is None else before, multipliers1=multipliers
+@dataclass(frozen=True)
+class MovementTrial:
+    """A step of arclength ``eps`` from where the field is ``first``: the movements of its stage and
+    of its end, with the field there."""
+
+    eps: float
+    first: Sample
+    stage: Movement
+    end: Movement
+    middle: Sample
+    last: Sample
+    length: float
+    interior: bool
+
+    @property
+    def w(self) -> Float[Tensor, "1 P"]:
+        return self.end.w[None]
+
+    @property
+    def gap(self) -> float:
+        return max(self.stage.gap, self.end.gap)
+
+    @property
+    def newton(self) -> float:
+        return self.stage.newton + self.end.newton
+
+    @property
+    def error(self) -> Float[Tensor, "1 P"]:
+        """What the step lacks to third order."""
+        u, v, z = self.first.velocity, self.stage.v, self.end.v
+        middle, last = 1 - _GAMMA - _MIDDLE, _GAMMA - _LAST
+        return self.eps * (-_FIRST * u + middle * v + last * z)
+
+    def mean(self, name: str) -> Float[Tensor, " 1"]:
+        """The mean of a rate over the step."""
+        a, m, b = (at.rates[name] for at in (self.first, self.middle, self.last))
+        return _FIRST * a + _MIDDLE * m + _LAST * b
+
+
+def two_movements(
+    mover: Mover, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float
+) -> tuple[Movement, Movement]:
+    """The stage and the end of a step of arclength ``eps`` from w."""
+    stage = mover.move(w, _GAMMA * eps, guess, tol)
+    return stage, mover.move(w + (1 - _GAMMA) * eps * stage.v, _GAMMA * eps, stage, tol)
+
+
+@dataclass(frozen=True)
+class ImplicitSteps:
+    """The steps of one trajectory."""
+
+    field: Field
+    objective: Objective
+    mover: Mover
+
+    def begun(self, state: State) -> State:
+        """The state with the direction of a short movement, unless it comes from such steps."""
+        names = ("newton", "gap", *(("sliding", "releases") if self.objective.kinks else ()))
+        none = {name: torch.zeros_like(state.step_size) for name in names}
+        state = replace(state, tallies=none | state.tallies)
+        lam, h = self.objective.ascent(state.w)
+        if self._resumes(state, float(lam)):
+            return state
+        dual_norm = float(self.field.norm.dual(h)[0])
+        rise = 1.0 if self.objective.logarithmic else abs(float(lam))
+        eps = 1e-3 * rise / dual_norm if dual_norm > 0 else 1.0
+        moved = self.mover.move(state.w[0], eps, self._sliding_already(state), 1e-9)
+        h = moved.ascent[None] if self.objective.kinks else h
+        sample = self.field.sample(self.objective, state.w, lam, h, moved.v[None])
+        state = replace(state, tallies=added(state, newton=moved.newton))
+        size = torch.full_like(state.step_size, eps)
+        state = begun(self.objective, state, sample, size, _variables(moved))
+        return self._with_kinks(state, moved)
+
+    def _resumes(self, state: State, lam: float) -> bool:
+        """Whether the state comes from such steps, of the same problem in the same norm."""
+        memory = state.memory
+        if "dual_variables" not in memory:
+            return False
+        if memory["dual_variables"].shape[1] != self.mover.unknowns:
+            return False
+        dual_norm = float(self.mover.norm.dual(memory["ascent"][0]))
+        same = math.isclose(float(state.readings["lam"]), lam, rel_tol=1e-9, abs_tol=1e-12)
+        return same and math.isclose(float(memory["dual_norm"]), dual_norm, rel_tol=1e-6)
+
+    def _sliding_already(self, state: State) -> Guess | None:
+        """What a state knows of kinks that slide."""
+        known = state.multipliers
+        if known is None or known.shape[1] != self.mover.unknowns:
+            return None
+        return Guess(torch.zeros_like(state.w[0]), known[0], _releases(state))
+
+    def refined(self, state: State, u: Float[Tensor, " 1"], point: State) -> State:
+        """See `MinimisingMovement.refined`."""
+        step = state.segment
+        if step is None or step.multipliers0 is None:
+            return point
+        eps = float(u * (step.readings1["arclength"] - step.readings0["arclength"]))
+        w, v = step.w0[0], step.slope0[0]
+        guess = Guess(v / self.mover.norm.value(v), step.multipliers0[0], _releases(state))
+        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
+        stage, end = two_movements(self.mover, w, eps, guess, tol)
+        if max(stage.gap, end.gap) >= self.mover.trusted:
+            return point
+        readings = point.readings | {"lam": end.lam[None].double()}
+        point = replace(point, w=end.w[None], readings=readings)
+        return self._with_kinks(point, end)
+
+    def attempted(self, state: State) -> State:
+        """The state after one attempt."""
+        w, eps = state.w[0], float(state.step_size)
+        first, variables = sample_of(state), state.memory["dual_variables"][0]
+        guess = Guess(first.velocity[0], variables, _releases(state))
+        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
+        trial = self.trial(w, first, eps, guess, tol)
+        excess = self._excess(state, trial)
+        size = state.step_size * _CONTROL.factor(excess)
+        accepted, moved = excess <= 1, state
+        if bool(accepted):
+            moved = self._moved(state, trial)
+            if self.objective.degree > 1:
+                size = size.minimum(0.2 * self.field.norm.value(moved.w).double())
+        moved = replace(moved, step_size=size)
+        moved = count_attempt(moved, accepted, gradients=2, newton=trial.newton)
+        return self._stop_if_stuck(moved, trial)
+
+    def trial(
+        self, w: Float[Tensor, " P"], first: Sample, eps: float, guess: Guess | None, tol: float
+    ) -> MovementTrial:
+        """One step of arclength ``eps`` from w, where the field is ``first``."""
+        stage, end = two_movements(self.mover, w, eps, guess, tol)
+        # inside the ball there is no steepest direction: the end is a minimiser
+        interior = float(self.mover.norm.value(end.v)) < 0.999
+        length = float(self.mover.norm.value(end.w - w)) if interior else eps
+        middle, last = self._sample(stage), self._sample(end)
+        return MovementTrial(eps, first, stage, end, middle, last, length, interior)
+
+    def _sample(self, at: Movement) -> Sample:
+        w, lam, h, v = at.w[None], at.lam[None], at.ascent[None], at.v[None]
+        return self.field.sample(self.objective, w, lam, h, v)
+
+    def _excess(self, state: State, trial: MovementTrial) -> Float[Tensor, " 1"]:
+        """The error over its tolerance; infinite where the step is no good."""
+        first, last, error = trial.first, trial.last, trial.error
+        excess = error_of_weights(self.field, state.w, trial.w, error)
+        rise = last.lam - first.lam
+        if self.objective.logarithmic:
+            off = torch.linalg.vecdot(last.ascent, error).abs()
+            excess = excess.maximum(off / (self.field.rtol * rise.clamp_min(1.0)))
+        before = self._soft_margin(first.lam, state.w)
+        after = self._soft_margin(last.lam, trial.w)
+        falls = rise < -1e-13 * first.lam.abs().clamp_min(1.0)
+        falls |= (before > 0) & (after < before * (1 - 1e-12))
+        good = torch.isfinite(excess) & ~falls & (trial.gap < self.mover.trusted)
+        return torch.where(good, excess, torch.inf)
+
+    def _soft_margin(
+        self, lam: Float[Tensor, " 1"], w: Float[Tensor, "1 P"]
+    ) -> Float[Tensor, " 1"]:
+        """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where
+        there is none."""
+        length, objective = self.field.norm.value(w), self.objective
+        if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
+            return -torch.ones_like(lam)
+        margin = objective.loss.soft_minimum(lam) / length**objective.degree
+        return torch.where(length > 0, margin, -1.0)
+
+    def _moved(self, state: State, trial: MovementTrial) -> State:
+        """The state at the end of a step."""
+        first, last = trial.first, trial.last
+        ds = torch.full_like(state.step_size, trial.length)
+        elapsed = log_elapsed_in(self.objective, first, last, ds)
+        before = state.readings
+        readings = {
+            "steps": before["steps"] + 1,
+            "lam": last.lam,
+            "log_time": torch.logaddexp(before["log_time"], elapsed),
+            "arclength": before["arclength"] + ds,
+            "relative": before["relative"] + ds * trial.mean("relative"),
+            "dissipated": before["dissipated"] + ds * trial.mean("dissipated"),
+        }
+        moved = replace(
+            state,
+            w=trial.w,
+            readings=readings,
+            tallies=state.tallies | {"gap": state.tallies["gap"].clamp_min(trial.gap)},
+            memory=memory_of(last) | _variables(trial.end),
+            segment=segment_between(self.objective, state, trial.w, first, last, ds, readings),
         )
-    tallies = {"sliding": sliding, "releases": torch.full_like(sliding, at.releases)}
-    return replace(state, multipliers=multipliers, segment=step, tallies=state.tallies | tallies)
+        return self._with_kinks(moved, trial.end, state.multipliers)
+
+    def _with_kinks(self, state: State, at: Movement, before: Tensor | None = None) -> State:
+        """The state with the kinks of a movement, which began with those of ``before``."""
+        if not self.objective.kinks:
+            return state
+        multipliers = at.dual_variables[None]
+        sliding = ((multipliers > 0) & (multipliers < 1)).sum(-1).double()
+        tallies = {"sliding": sliding, "releases": torch.full_like(sliding, at.releases)}
+        state = replace(state, multipliers=multipliers, tallies=state.tallies | tallies)
+        if state.segment is None:
+            return state
+        first = multipliers if before is None else before
+        step = replace(state.segment, multipliers0=first, multipliers1=multipliers)
+        return replace(state, segment=step)
+
+    def _stop_if_stuck(self, state: State, trial: MovementTrial) -> State:
+        """The state, stopped if the trajectory cannot go on."""
+        still = (trial.w == state.w).all(-1)
+        state = state.stopped(still & trial.interior, Status.STATIONARY)
+        finite = torch.isfinite(trial.w).all(-1) & torch.isfinite(trial.last.lam)
+        return stop_if_stuck(state, state.step_size, finite, least=1e-3 * self.field.atol)
 
 
-def _soft_margin(norm: Norm, objective: Objective, lam: Tensor, w: Float[Tensor, "1 P"]) -> float:
-    """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where
-    there is none."""
-    if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
-        return -1.0
-    size = float(norm.value(w)[0])
-    return float(objective.loss.soft_minimum(lam)[0]) / size**objective.degree if size > 0 else -1.0
+def _variables(at: Movement) -> dict[str, Tensor]:
+    return {"dual_variables": at.dual_variables[None]}
 
 
-def _resumes(state: State, mover: Mover, lam: float) -> bool:
-    """Whether the state comes from such steps, of the same problem in the same norm."""
-    memory = state.memory
-    if "duals" not in memory or memory["duals"].shape[1] != mover.duals:
-        return False
-    dual = float(mover.norm.dual(memory["ascent"][0]))
-    same = math.isclose(float(state.readings["lam"]), lam, rel_tol=1e-9, abs_tol=1e-12)
-    return same and math.isclose(float(memory["dual_norm"]), dual, rel_tol=1e-6)
+def _releases(state: State) -> float:
+    return float(state.tallies.get("releases", 0.0))

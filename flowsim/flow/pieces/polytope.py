@@ -10,24 +10,25 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
+from scipy.linalg import block_diag
 
 from flowsim.norms.blocks import Max, Sum
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, Linf
 
-EPS = float(np.finfo(np.float64).eps)
+Weights = Float[Array, " P"]  # one number for each weight
+Signed = Float[Array, "2 P"]  # for each corner +c_k e_k, and then for each −c_k e_k
+_Codes = Int[Array, " P"]
+
+REST = 2  # the code of a weight in a group whose gradient is zero
 
 
-REST = 2  # the code of a weight in a group whose gradient is zero; 0 is idle, ±1 moves in its corner's direction
-
-
-def follows(norm: Norm) -> bool:
+def is_polyhedral(norm: Norm) -> bool:
     """Whether the (bound) norm's ball has the form of `Polyhedral`."""
-    if isinstance(norm, Max | Sum):
-        return all(
-            isinstance(part.norm, L1 | Linf if isinstance(norm, Max) else L1)
-            for part in norm._bound
-        )
+    if isinstance(norm, Max):
+        return all(isinstance(part.norm, L1 | Linf) for part in norm._bound)
+    if isinstance(norm, Sum):
+        return all(isinstance(part.norm, L1) for part in norm._bound)
     return isinstance(norm, L1 | Linf)
 
 
@@ -36,8 +37,8 @@ class Polyhedral:
     """‖v‖ = max_g Σ_{k∈g} |v_k|/c_k: the group of each weight, in increasing order, and its scale
     c."""
 
-    group: Int[Array, " P"]
-    scale: Float[Array, " P"]
+    group: _Codes
+    scale: Weights
 
     @staticmethod
     def of(norm: Norm, size: int) -> "Polyhedral":
@@ -46,136 +47,162 @@ class Polyhedral:
             return Polyhedral(np.arange(size), np.ones(size))
         if isinstance(norm, L1):
             return Polyhedral(np.zeros(size, dtype=np.int64), np.ones(size))
-        parts = norm._bound if isinstance(norm, Max | Sum) else ()
-        if not parts or not all(
-            isinstance(p.norm, L1 | Linf if isinstance(norm, Max) else L1) for p in parts
-        ):
-            raise ValueError(
-                f"ExactPieces: got the norm {norm.name}, expected ℓ1, ℓ∞, a Max over blocks of both or a Sum over "
-                "blocks of ℓ1, try SmallStep for the small-step path"
-            )
-        balls = [Polyhedral.of(part.norm, part.block.size) for part in parts]
-        apart = np.cumsum([0, *(b.group[-1] + 1 for b in balls)]) * isinstance(norm, Max)
-        group = np.concatenate([b.group + first for b, first in zip(balls, apart, strict=False)])
-        return Polyhedral(
-            group, np.concatenate([b.scale * p.scale for b, p in zip(balls, parts, strict=True)])
+        if isinstance(norm, Max | Sum) and is_polyhedral(norm):
+            return Polyhedral._joined(norm)
+        raise ValueError(
+            f"ExactPieces: got the norm {norm.name}, expected ℓ1, ℓ∞, a Max over blocks of both or "
+            "a Sum over blocks of ℓ1, try SmallStep for the small-step path"
         )
+
+    @staticmethod
+    def _joined(norm: Max | Sum) -> "Polyhedral":
+        group, scale, first = [], [], 0
+        for part in norm._bound:
+            ball = Polyhedral.of(part.norm, part.block.size)
+            group.append(ball.group + first)
+            scale.append(ball.scale * part.scale)
+            first += len(ball.starts) * isinstance(norm, Max)
+        return Polyhedral(np.concatenate(group), np.concatenate(scale))
 
     @cached_property
     def starts(self) -> Int[Array, " G"]:
         return np.flatnonzero(np.diff(self.group, prepend=-1))
 
-    def sums(self, a: Float[Array, " P"]) -> Float[Array, " G"]:
+    def sums(self, a: Weights) -> Float[Array, " G"]:
         return np.add.reduceat(a, self.starts)
 
-    def dual(self, h: Float[Array, " P"]) -> float:
+    def dual(self, h: Weights) -> float:
+        """‖h‖_*."""
         return float(np.maximum.reduceat(self.scale * np.abs(h), self.starts).sum())
 
-    def value(self, v: Float[Array, " P"]) -> float:
+    def value(self, v: Weights) -> float:
+        """‖v‖."""
         return float(self.sums(np.abs(v) / self.scale).max())
+
+    def spare(self, v: Weights) -> Weights:
+        """How far the group of each weight is inside its ball."""
+        return (1 - self.sums(np.abs(v) / self.scale))[self.group]
 
 
 @dataclass(frozen=True)
 class Corners:
-    """The corners in use, by a code for each weight: sign of its corner, 0 idle, or `REST`.
+    """A face by its corners in use, with a code for each weight: the sign of its corner, 0 idle, or
+    `REST`.
 
     Coordinates y along the face: each weight at rest, and for a group that shares its motion among
     m > 1 corners m − 1 orthonormal combinations of the shares whose sum is zero."""
 
     ball: Polyhedral
-    code: Int[Array, " P"]
+    code: _Codes
+
+    @staticmethod
+    def of(ball: Polyhedral, used: Bool[Array, "2 P"]) -> "Corners":
+        """A group at rest is one that uses both corners of a weight."""
+        plus, minus = used.astype(np.int64)
+        rest = (ball.sums(plus * minus) > 0)[ball.group]
+        return Corners(ball, np.where(rest, REST, plus - minus))
+
+    @staticmethod
+    def steepest(ball: Polyhedral, h: Weights) -> "Corners":
+        """The first of the steepest corners of each group."""
+        leaders = np.lexsort((-ball.scale * np.abs(h), ball.group))[ball.starts]
+        code = np.zeros(len(h), dtype=np.int64)
+        code[leaders] = np.where(h[leaders] < 0, -1, 1)
+        return Corners(ball, code)
+
+    @cached_property
+    def used(self) -> Bool[Array, "2 P"]:
+        """The corners whose slopes are equal; at rest all of the group's."""
+        return np.stack([(self.code == REST) | (self.code == sign) for sign in (1, -1)])
 
     @cached_property
     def moving(self) -> Bool[Array, " P"]:
         return np.abs(self.code) == 1
 
     @cached_property
-    def corners(self) -> Int[Array, " P"]:
+    def sharing(self) -> _Codes:
         """How many corners share the motion of each weight's group; 0 at rest."""
         return self.ball.sums(self.moving.astype(np.int64))[self.ball.group]
 
     @cached_property
-    def centre(self) -> Float[Array, " P"]:
-        return np.where(self.moving, self.code * self.ball.scale / np.maximum(self.corners, 1), 0.0)
+    def centre(self) -> Weights:
+        share = self.code * self.ball.scale / np.maximum(self.sharing, 1)
+        return np.where(self.moving, share, 0.0)
+
+    # --- coordinates along the face ---------------------------------------------------------------
 
     @cached_property
     def _parts(self) -> list[Int[Array, " m"]]:
         """The weights at rest, then those of each group with several corners."""
-        shared = np.flatnonzero(self.moving & (self.corners > 1))
+        rest = np.flatnonzero(self.code == REST)
+        shared = np.flatnonzero(self.moving & (self.sharing > 1))
         ends = np.flatnonzero(np.diff(self.ball.group[shared])) + 1
-        return [np.flatnonzero(self.code == REST), *(np.split(shared, ends) if len(shared) else [])]
+        return [rest, *np.split(shared, ends)] if len(shared) else [rest]
 
     @cached_property
     def free(self) -> Int[Array, " m"]:
-        """All weights whose velocity the face leaves open, in the order of `restrict`."""
+        """All weights whose velocity the face leaves open."""
         return np.concatenate(self._parts)
 
     @cached_property
-    def _weight(self) -> Float[Array, " m"]:
-        return np.where(self.moving, self.code, 1)[self.free] * self.ball.scale[self.free]
+    def basis(self) -> Float[Array, "m k"]:
+        """E, on the free weights: velocities E y leave the slopes of all corners in use equal."""
+        rest, *shared = (len(part) for part in self._parts)
+        sign = np.where(self.moving, self.code, 1)[self.free]
+        blocks = block_diag(np.eye(rest), *map(_without_sum, shared))
+        return (sign * self.ball.scale[self.free])[:, None] * blocks
 
-    def restrict(self, a: Float[Array, "*rows m"]) -> Float[Array, "*rows k"]:
-        """Eᵀ, on the free entries: derivatives along the weights become derivatives along y."""
-        ends = np.cumsum([len(part) for part in self._parts])[:-1]
-        rest, *shared = np.split(a * self._weight, ends, axis=-1)
-        return np.concatenate([rest, *(_reflect(part)[..., 1:] for part in shared)], axis=-1)
+    def restrict(self, a: Weights) -> Float[Array, " k"]:
+        """Eᵀ a: derivatives along the weights become derivatives along y."""
+        return a[self.free] @ self.basis
 
-    def sizes(self, size: Float[Array, " m"]) -> Float[Array, " k"]:
-        """Of derivatives along y, from those of derivatives along the weights."""
-        ends = np.cumsum([len(part) for part in self._parts])[:-1]
-        rest, *shared = np.split(size * self.ball.scale[self.free], ends)
-        return np.concatenate([rest, *(np.full(len(part) - 1, part.max()) for part in shared)])
-
-    def expand(self, y: Float[Array, " k"]) -> Float[Array, " P"]:
+    def expand(self, y: Float[Array, " k"]) -> Weights:
         """E y."""
-        ends = np.cumsum([len(self._parts[0]), *(len(part) - 1 for part in self._parts[1:])])[:-1]
-        rest, *shared = np.split(y, ends)
         v = np.zeros(len(self.code))
-        v[self.free] = self._weight * np.concatenate(
-            [rest, *(_reflect(np.append(0.0, part)) for part in shared)]
-        )
+        v[self.free] = self.basis @ y
         return v
 
-    def missing(self, slope: Float[Array, " P"]) -> Float[Array, "2 P"]:
-        """By how much each corner +c_k e_k, and −c_k e_k, misses the slope of those in use;
-        infinite for these."""
+    def sizes(self, size: Float[Array, " m"]) -> Float[Array, " k"]:
+        """Of derivatives along y, from those of derivatives along the free weights."""
+        scaled = size * self.ball.scale[self.free]
+        return (scaled[:, None] * (self.basis != 0)).max(0, initial=0.0)
+
+    # --- where the face ends ----------------------------------------------------------------------
+
+    def missing(self, slope: Weights) -> Signed:
+        """By how much each corner misses the slope of those in use; infinite for these."""
         slope = self.ball.scale * slope
         top = self.ball.sums(np.where(self.moving, self.code * slope, 0.0))[self.ball.group]
-        top = top / np.maximum(self.corners, 1)
-        plus, minus = self.in_use
-        return np.stack([np.where(plus, np.inf, top - slope), np.where(minus, np.inf, top + slope)])
+        top = top / np.maximum(self.sharing, 1)
+        return np.where(self.used, np.inf, np.stack([top - slope, top + slope]))
 
-    def shares(self, u: Float[Array, " P"]) -> Float[Array, " P"]:
+    def shares(self, u: Weights) -> Weights:
         """The share of each corner that is one of several, or at rest how far the group is inside
         its ball."""
-        room = (1 - self.ball.sums(np.abs(u) / self.ball.scale))[self.ball.group]
-        share = np.where(self.moving & (self.corners > 1), self.code * u / self.ball.scale, np.inf)
-        return np.where(self.code == REST, room, share)
+        several = self.moving & (self.sharing > 1)
+        share = np.where(several, self.code * u / self.ball.scale, np.inf)
+        return np.where(self.code == REST, self.ball.spare(u), share)
 
-    def mixture(self, u: Float[Array, " P"]) -> Float[Array, "2 P"]:
-        """Shares of the corners +c_k e_k and −c_k e_k that make u; a group inside its ball has two
-        opposite ones."""
+    def mixture(self, u: Weights) -> Signed:
+        """Shares of the corners that make u; a group inside its ball has two opposite ones."""
         share = u / self.ball.scale
-        spare = np.zeros(len(u))
-        spare[self.ball.starts] = np.maximum(1 - self.ball.sums(np.abs(share)), 0) / 2
-        spare[self.code != REST] = 0
-        return np.where(self.in_use, np.maximum(np.stack([share, -share]), 0) + spare, 0.0)
+        opposite = np.zeros(len(u))
+        starts = self.ball.starts
+        opposite[starts] = np.maximum(self.ball.spare(u)[starts], 0) / 2
+        opposite[self.code != REST] = 0
+        return np.where(self.used, np.maximum(np.stack([share, -share]), 0) + opposite, 0.0)
 
-    def trimmed(self, u: Float[Array, " P"], noise: float) -> "Corners":
+    def trimmed(self, u: Weights, noise: float) -> "Corners":
         """The face without corners whose shares in u are negative, and with groups that u takes out
         of their ball in motion."""
         beyond = self.shares(u) < -noise
-        sign = np.sign(u).astype(np.int64)
-        return Corners(self.ball, np.where(beyond, np.where(self.code == REST, sign, 0), self.code))
-
-    @cached_property
-    def in_use(self) -> Bool[Array, "2 P"]:
-        """The corners +c_k e_k and −c_k e_k whose slopes are equal; at rest all of the group's."""
-        return np.stack([(self.code == REST) | (self.code == sign) for sign in (1, -1)])
+        kept = np.where(self.code == REST, np.sign(u).astype(np.int64), 0)
+        return Corners(self.ball, np.where(beyond, kept, self.code))
 
 
-def _reflect(a: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
-    """The Householder reflection that exchanges (1, …, 1)/√m and the first unit vector."""
-    v = np.full(a.shape[-1], a.shape[-1] ** -0.5)
+def _without_sum(m: int) -> Float[Array, "m m-1"]:
+    """Orthonormal vectors whose sums are zero: the Householder reflection that exchanges (1, …,
+    1)/√m and the first unit vector, without its first column."""
+    v = np.full(m, m**-0.5)
     v[0] -= 1
-    return a - (a @ v)[..., None] * (2 / (v @ v) * v)
+    return (np.eye(m) - np.outer(v, v) * (2 / (v @ v)))[:, 1:]

@@ -13,7 +13,7 @@ from flowsim.exact.flows import round_quadratic
 from flowsim.exact.optima import margin_rows, max_margin
 from flowsim.flow.field import Field
 from flowsim.flow.movements.convex import ConvexMover
-from flowsim.flow.movements.step import MinimisingMovement, implicit_step
+from flowsim.flow.movements.step import ImplicitSteps, MinimisingMovement
 from flowsim.motion.clocks import ARCLENGTH
 
 METHOD = MinimisingMovement()
@@ -86,9 +86,9 @@ def walk(norm, problem, length, steps):
     v = mover.move(w[0], 1e-5 * length, None).v
     at, gained = field.sample(problem, w, lam, h, v[None]), 0.0
     for _ in range(steps):
-        trial = implicit_step(field, mover, problem, w[0], at, length / steps, guess)
-        gained += length / steps * float(trial.mean("dissipated", at))
-        w, guess, at = trial.w[None], trial.end.guess, trial.last
+        trial = ImplicitSteps(field, problem, mover).trial(w[0], at, length / steps, guess, 1e-15)
+        gained += length / steps * float(trial.mean("dissipated"))
+        w, guess, at = trial.w, trial.end, trial.last
     return w[0], gained - float(at.lam - lam)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flowsim as fs
-from flowsim.flow.movements.convex import Guess
+from flowsim.flow.movements.movement import Guess
 from flowsim.flow.movements.net import NetMover
 from flowsim.flow.movements.step import MinimisingMovement
 from flowsim.flow.sliding.step import KinkImplicit
