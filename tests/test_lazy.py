@@ -9,7 +9,9 @@ from flowsim.diagnostics.margins import margin
 from flowsim.lazy import attach
 
 
-@pytest.mark.parametrize("package", ["flowsim", "flowsim.diagnostics"])
+@pytest.mark.parametrize(
+    "package", ["flowsim", "flowsim.diagnostics", "flowsim.diagnostics.theorems", "flowsim.plots"]
+)
 def test_every_listed_name_is_found(package):
     imported, listed, names = attach(package)
     assert names == listed() == sorted(set(names)) != []

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowsim.convex.cones import conic_optimum
 from flowsim.convex.games import game, nearest_by_products
 from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
-from flowsim.diagnostics.selected import gaps, selected_pullback, selected_sides
+from flowsim.diagnostics.selected import margin_reading, selected_pullback, selected_sides
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.problems.problem import Problem
@@ -70,7 +70,7 @@ def best_multipliers(
     either side or any mean of them. A linear programme in ℓ1 and ℓ∞, least squares in quadratic
     norms; other norms need the extra ``convex``."""
     norm = norm.bind(problem.layout)
-    q = gaps(problem).read(problem.outputs(state.w), problem.y)[0]
+    q = margin_reading(problem).read(problem.outputs(state.w), problem.y)[0]
     rows = [_row(problem, state, norm, q, b, decades, (tol, rounds)) for b in range(len(q))]
     return BestMultipliers(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
@@ -119,7 +119,7 @@ class _Gradients:
     @staticmethod
     def of(problem: Problem, state: State, active: Bool[Tensor, " M"]) -> "_Gradients":
         f = problem.outputs(state.w)
-        q, back = gaps(problem).read(f, problem.y)
+        q, back = margin_reading(problem).read(f, problem.y)
         units = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[active]
         cotangents = torch.stack([back(unit[None])[0] for unit in units])  # (A, N, C)
         sides = selected_sides(problem, state)

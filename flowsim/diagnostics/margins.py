@@ -7,7 +7,7 @@ them under those names."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,9 +18,16 @@ from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
+from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 
 Observer = Callable[[Any, State], Tensor]
+"""A function of (problem, state) that returns ``(B, …)``, for ``simulate(…, observe=…)``."""
+
+
+def classifies(problem: Objective) -> TypeGuard[Problem]:
+    """Whether there are margins: a loss of a net that is not a regression."""
+    return isinstance(problem, Problem) and problem.loss.reading.targets != "values"
 
 
 def size(norm: Norm) -> Observer:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The gradient that a flow has selected on kinks, as the multipliers of its state tell it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +11,6 @@ from flowsim.kernels import reference as kernels
 from flowsim.motion.state import State
 from flowsim.problems.losses import Pairwise, Reading
 from flowsim.problems.problem import Problem
-
-# --------------------------------------------------------------------------------------------------
-# The selected gradient
-# --------------------------------------------------------------------------------------------------
 
 
 def ascent(problem: Problem, state: State) -> Float[Tensor, "B P"]:
@@ -49,7 +45,7 @@ def selected_pullback(
     return partial(kernels.pullback, tape)
 
 
-def gaps(problem: Problem) -> Reading:
+def margin_reading(problem: Problem) -> Reading:
     """The reading of homogeneous margins, which are what max-margin problems constrain: y f, or f_y
     − f_j for every wrong class j, whatever the loss makes of them."""
     if problem.loss.reading.targets == "values":
@@ -59,12 +55,14 @@ def gaps(problem: Problem) -> Reading:
     return Pairwise() if problem.loss.reading.targets == "classes" else problem.loss.reading
 
 
-def shares(problem: Problem, state: State) -> tuple[Float[Tensor, "B M"], Float[Tensor, "B M"]]:
+def loss_multipliers(
+    problem: Problem, state: State
+) -> tuple[Float[Tensor, "B M"], Float[Tensor, "B M"]]:
     """The margins q and the μ ≥ 0 with ∇Λ = Σ μ_i ∇q_i; for the exponential loss the softmax
     weights."""
     f = problem.outputs(state.w)
     cotangent = problem.loss.ascent(f, problem.y)[1]
-    q = gaps(problem).read(f, problem.y)[0]
+    q = margin_reading(problem).read(f, problem.y)[0]
     if q.shape[1] == f.shape[1]:
         return q, cotangent[..., 0] * problem.y
     wrong = ~torch.nn.functional.one_hot(problem.y, f.shape[-1]).bool().expand_as(f)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flowsim.convex.cones import ekeland_point
 from flowsim.diagnostics.margins import Observer
-from flowsim.diagnostics.selected import ascent, shares
+from flowsim.diagnostics.selected import ascent, loss_multipliers
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.polars import polar
@@ -118,7 +118,7 @@ class Stationarity:
     def of(problem: Problem, state: State, norm: Norm) -> "Stationarity":
         """Raises ValueError for a regression."""
         norm = norm.bind(problem.layout)
-        q, mu = shares(problem, state)
+        q, mu = loss_multipliers(problem, state)
         least = q.amin(-1)
         least = torch.where(least > 0, least, torch.nan)
         scale = least ** (-1 / problem.degree)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flowsim as fs
-from flowsim.diagnostics.certificate import Certificate, falls
+from flowsim.diagnostics.certificate import Certificate
 
 NET, START = fs.data.peers_net(5, 10, 10, seed=0)
 FIXTURE = fs.Problem(fs.Linear(3), [[3, 1, 0], [1, -2, 2], [1, 2, 1]], [1, 1, 1], fs.exponential)
@@ -181,12 +181,6 @@ def test_nan_survives_the_record():
     assert back.reasons[0] == {"energy": "none"}
 
 
-def test_falls_are_relative_and_unknown_next_to_what_is_unknown():
-    soft = np.array([[np.nan], [1.0], [2.0], [1.5]])
-    assert falls(soft)[1:, 0].tolist() == [0.0, 0.25]
-    assert np.isnan(falls(soft)[0, 0])
-
-
 def test_the_certificate_changes_no_number_of_the_run():
     """Observing is reading: a run with one save and with many ends in the same place."""
     few, many = (
@@ -196,3 +190,10 @@ def test_the_certificate_changes_no_number_of_the_run():
         for n in (2, 50)
     )
     assert torch.equal(few, many)
+
+
+def test_it_shows_itself_in_a_sentence_and_holds_no_array(flow):
+    assert repr(flow.certificate) == f"Certificate, B = 1: {flow.certificate.verdict}"
+    shown = flow.certificate._repr_html_()
+    assert shown.count("<li>") == len(flow.certificate.verdict.split("; "))
+    assert "array" not in shown + repr(flow.certificate)

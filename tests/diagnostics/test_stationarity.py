@@ -8,7 +8,7 @@ import torch
 
 import flowsim as fs
 from flowsim import diagnostics
-from flowsim.diagnostics.selected import shares
+from flowsim.diagnostics.selected import loss_multipliers
 from flowsim.diagnostics.stationarity import Stationarity
 from flowsim.motion.state import initial_state
 
@@ -138,7 +138,7 @@ def test_the_distance_in_linf_is_the_least_over_the_simplex():
 def test_shares_of_several_classes_sum_up_to_the_gradient(loss):
     problem = fs.Problem(fs.MLP([5, 7, 3]), NET.x, torch.arange(10) % 3, loss)
     at = initial_state(problem, problem.net.init(range(2)))
-    q, mu = shares(problem, at)
+    q, mu = loss_multipliers(problem, at)
     assert q.shape == mu.shape == (2, 20)
     assert (mu >= 0).all()
     assert q.amin(-1).tolist() == pytest.approx(problem.margins(at.w).amin(-1).tolist())

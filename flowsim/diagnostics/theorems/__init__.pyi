@@ -1,0 +1,29 @@
+"""Every theorem, listed once; `__init__.py` reads it and imports on first use."""
+
+from flowsim.diagnostics.theorems.along_a_run import aligning as aligning
+from flowsim.diagnostics.theorems.along_a_run import contraction as contraction
+from flowsim.diagnostics.theorems.along_a_run import dissipation as dissipation
+from flowsim.diagnostics.theorems.along_a_run import energy as energy
+from flowsim.diagnostics.theorems.along_a_run import growth_in_time as growth_in_time
+from flowsim.diagnostics.theorems.along_a_run import linear_margin as linear_margin
+from flowsim.diagnostics.theorems.along_a_run import monotone as monotone
+from flowsim.diagnostics.theorems.along_a_run import sharp_time as sharp_time
+from flowsim.diagnostics.theorems.at_a_point import chain_rule as chain_rule
+from flowsim.diagnostics.theorems.at_a_point import euler as euler
+from flowsim.diagnostics.theorems.at_a_point import force as force
+from flowsim.diagnostics.theorems.at_a_point import growth as growth
+from flowsim.diagnostics.theorems.at_a_point import least_dual as least_dual
+from flowsim.diagnostics.theorems.at_a_point import level_rate as level_rate
+from flowsim.diagnostics.theorems.at_a_point import nearby as nearby
+from flowsim.diagnostics.theorems.at_a_point import slack as slack
+from flowsim.diagnostics.theorems.at_a_point import smooth_force as smooth_force
+from flowsim.diagnostics.theorems.at_a_point import soft_hard as soft_hard
+from flowsim.diagnostics.theorems.at_a_point import turning as turning
+from flowsim.diagnostics.theorems.at_a_point import weight as weight
+from flowsim.diagnostics.theorems.check import EXACT as EXACT
+from flowsim.diagnostics.theorems.check import SHARP as SHARP
+from flowsim.diagnostics.theorems.check import Check as Check
+from flowsim.diagnostics.theorems.flow_at import neuron_balance as neuron_balance
+from flowsim.diagnostics.theorems.flow_at import radial_speed as radial
+from flowsim.diagnostics.theorems.flow_at import rise as rise
+from flowsim.diagnostics.theorems.flow_at import velocity as velocity
