@@ -131,6 +131,29 @@ def test_doctests(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.failed == 0
 
 
+def api_pages():
+    """The extension that makes the API pages."""
+    spec = importlib.util.spec_from_file_location("api_pages", DOCS / "api_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_api_pages_hold_every_module_once() -> None:
+    rooms = {name.split(".")[1] for name in MODULES}
+    shown = "".join(api_pages().page(room) for room in sorted(rooms))
+    assert sorted(re.findall(r"automodule:: (\S+)", shown)) == MODULES
+
+
+def test_docstrings_become_text_with_links_and_formulas_as_they_stand() -> None:
+    plain = ["By `Trajectory.save`, in ``w``, ‖g‖_* of", "", "    w ← w − η*g", "      `more`:", ""]
+    text, *laid_out = api_pages().as_rst(plain)
+    assert "<flowsim.run.trajectory.Trajectory.save>`" in text
+    assert "``w``" in text
+    assert r"‖g‖\_\*" in text
+    assert laid_out == ["", "::", "", "        w ← w − η*g", "          more:"]
+
+
 @pytest.mark.slow
 def test_documentation_builds(tmp_path: Path) -> None:
     """A build from a clean tree, all cells executed, with no warning."""
@@ -149,11 +172,13 @@ def test_documentation_builds(tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [*command, "-b", "html", str(DOCS), str(tmp_path / "html")],
+        env=os.environ | {"MPLBACKEND": "Agg"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert [*(tmp_path / "html" / "_images").glob("*.png")]  # also where MPLBACKEND is set
 
 
 def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
