@@ -86,8 +86,8 @@ def require_smooth(field: Field, objective: Objective) -> None:
         jumps = f"the {field.norm.name} norm has ties"
     if jumps:
         raise ValueError(
-            f"this method is for smooth fields, but {jumps}, where an explicit ODE solver stalls or "
-            "follows another path; try method=None"
+            f"this method is for smooth fields, but {jumps}, where an explicit ODE solver stalls "
+            "or follows another path; try method=None"
         )
 
 

@@ -12,31 +12,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowsim.convex.box import LowRank
+from flowsim.convex import box
+from flowsim.convex.box import LowRank, Solution
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
 from flowsim.norms.blocks import Euclidean
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L2
 from flowsim.numerics.batched import bmm
-from flowsim.problems.kinks import NetAt, TwoLayer
+from flowsim.problems.kinks import NetAt
 
 DENSE = 600
-
-
 """Up to so many pairs one dense factorisation is faster than one for each neuron."""
 
 
 @dataclass(frozen=True)
 class Metric:
     """A quadratic norm as the step needs it: A⁻¹, and its two numbers where it is a multiple on
-    each layer."""
+    each layer, so that different neurons are orthogonal."""
 
     norm: Norm
     scales: tuple[float, float] | None
 
     @staticmethod
     def of(norm: Norm) -> "Metric":
+        """The metric of a bound quadratic norm."""
         if isinstance(norm, L2):
             return Metric(norm, (1.0, 1.0))
         if isinstance(norm, Euclidean) and all(isinstance(part.norm, L2) for part in norm._bound):
@@ -44,108 +44,109 @@ class Metric:
             return Metric(norm, (first, last))
         return Metric(norm, None)
 
-    def raised(self, g: Float[Tensor, "... P"]) -> Float[Tensor, "... P"]:
+    def inverse(self, g: Float[Tensor, "... P"]) -> Float[Tensor, "... P"]:
         """A⁻¹g."""
-        return (
-            g if self.scales == (1.0, 1.0) else self.norm.dual(g)[..., None] * self.norm.steepest(g)
-        )
+        if self.scales == (1.0, 1.0):
+            return g
+        return self.norm.dual(g)[..., None] * self.norm.steepest(g)
 
-    def blocks(self, pack: "ActivePairs", net: TwoLayer, point: NetAt) -> Float[Tensor, "B G c c"]:
-        """N A⁻¹Nᵀ in the groups of ``pack``."""
-        if self.scales is not None:
-            batch = torch.arange(len(net.x), device=net.x.device)[:, None, None, None]
-            same = pack.neuron[..., :, None] == pack.neuron[..., None, :]
-            inner = net.xx[batch, pack.example[..., :, None], pack.example[..., None, :]]
-            blocks = torch.where(same, self.scales[0] * inner, 0.0)
-        else:
-            normals = pack.normals(net, point.first[0].numel() + point.last[0].numel())
-            blocks = (self.raised(normals) @ normals.mT)[:, None]
-        return torch.where(pack.valid[..., :, None] & pack.valid[..., None, :], blocks, 0.0)
-
-    def stiffness(self, net: TwoLayer, point: NetAt) -> Float[Tensor, "B N m"]:
+    def stiffness(self, point: NetAt) -> Float[Tensor, "B N m"]:
         """⟨n, A⁻¹n⟩ for every pair."""
         if self.scales is not None:
-            return self.scales[0] * torch.diagonal(net.xx, dim1=-2, dim2=-1)[..., None].expand_as(
-                point.z
-            )
-        every = ActivePairs.of(torch.ones_like(point.z, dtype=torch.bool), separable=False)
-        normals = every.normals(net, point.first[0].numel() + point.last[0].numel())
-        return (normals * self.raised(normals)).sum(-1).view_as(point.z)
+            lengths = torch.diagonal(point.net.xx, dim1=-2, dim2=-1)
+            return self.scales[0] * lengths[..., None].expand_as(point.z)
+        every = torch.ones_like(point.z, dtype=torch.bool)
+        normals = ActivePairs.of(point, every, grouped=False).normals()
+        return (normals * self.inverse(normals)).sum(-1).view_as(point.z)
 
 
 @dataclass(frozen=True)
 class ActivePairs:
-    """The pairs that may slide in this step, in groups whose normals are A-orthogonal between
-    groups.
+    """The pairs of ``mask`` at a place, which may slide in this step, in groups whose normals are
+    A-orthogonal between groups. N holds their normals, x_i in the place of w_j.
 
     ``example`` and ``neuron (B, G, c)`` name them, ``valid`` tells pairs from padding. Few pairs
     are in one group; many are in one group a neuron, where the norm allows it."""
 
+    point: NetAt
+    mask: Bool[Tensor, "B N m"]
     example: Int[Tensor, "B G c"]
     neuron: Int[Tensor, "B G c"]
     valid: Bool[Tensor, "B G c"]
-    shape: tuple[int, int]  # (N, m)
 
     @staticmethod
-    def of(mask: Bool[Tensor, "B N m"], separable: bool) -> "ActivePairs":
-        _, N, m = mask.shape
-        grouped = separable and int(mask.sum((1, 2)).max()) > DENSE
-        rows = mask.mT if grouped else mask.flatten(1)[:, None]
-        c = max(1, int(rows.sum(-1).max()))
-        order = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :c]
-        if grouped:
-            example, neuron = (
-                order,
-                torch.arange(m, device=mask.device)[None, :, None].expand_as(order),
-            )
-        else:
-            example, neuron = order // m, order % m
-        return ActivePairs(example, neuron, rows.gather(-1, order), (N, m))
+    def of(point: NetAt, mask: Bool[Tensor, "B N m"], grouped: bool) -> "ActivePairs":
+        """The pairs of ``mask``; in one group a neuron where ``grouped`` and they are many."""
+        m = mask.shape[-1]
+        grouped = grouped and int(mask.sum((1, 2)).max()) > DENSE
+        rows = mask.mT if grouped else mask.flatten(1)[:, None]  # (B, G, ·)
+        most = max(1, int(rows.sum(-1).max()))
+        order = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        valid = rows.gather(-1, order)
+        if not grouped:
+            return ActivePairs(point, mask, order // m, order % m, valid)
+        neuron = torch.arange(m, device=mask.device)[None, :, None].expand_as(order)
+        return ActivePairs(point, mask, order, neuron, valid)
 
     @property
     def flat(self) -> Int[Tensor, "B Gc"]:
-        return (self.example * self.shape[1] + self.neuron).flatten(1)
+        """The place of every pair among all, row by row."""
+        return (self.example * self.mask.shape[2] + self.neuron).flatten(1)
 
-    def take(self, values: Float[Tensor, "B N m"], empty: float = 0.0) -> Float[Tensor, "B G c"]:
+    def take(self, values: Float[Tensor, "B N m"]) -> Float[Tensor, "B G c"]:
+        """These values at the pairs, 0 at padding."""
         taken = values.flatten(1).gather(1, self.flat).view(self.example.shape)
-        return torch.where(self.valid, taken, empty)
+        return torch.where(self.valid, taken, 0.0)
 
-    def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> Tensor:
+    def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> Float[Tensor, "B N m"]:
         """``into (B, N, m)`` with these values at the pairs."""
         # padding writes to a place of its own behind the end
         spare = torch.cat([into.flatten(1), into[:, 0, :1]], 1)
         index = torch.where(self.valid.flatten(1), self.flat, spare.shape[1] - 1)
         return spare.scatter(1, index, values.flatten(1).to(into))[:, :-1].view(into.shape)
 
-    def along(self, net: TwoLayer, v: Float[Tensor, "B P"]) -> Float[Tensor, "B G c"]:
+    def along(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B G c"]:
         """Nv."""
-        (B, _, d), m = net.x.shape, self.shape[1]
-        return self.take(bmm(net.x, v[:, : m * d].view(B, m, d).mT))
+        return self.take(self.point.along(v))
 
-    def combine(
-        self, net: TwoLayer, force: Float[Tensor, "B G c"], size: int
-    ) -> Float[Tensor, "B P"]:
+    def combine(self, force: Float[Tensor, "B G c"]) -> Float[Tensor, "B P"]:
         """Nᵀλ."""
-        spread = self.put(force.new_zeros(len(force), *self.shape), force)
-        first = bmm(spread.mT, net.x).flatten(1)
-        return torch.cat([first, first.new_zeros(len(first), size - first.shape[1])], 1)
+        spread = self.put(torch.zeros_like(self.point.z), force)
+        first = bmm(spread.mT, self.point.net.x).flatten(1)
+        return torch.cat([first, torch.zeros_like(self.point.last).flatten(1)], 1)
 
-    def normals(self, net: TwoLayer, size: int) -> Float[Tensor, "B Gc P"]:
-        """The pairs' normals as flat weights: for norms that couple neurons only."""
-        B, d = self.example.shape[0], net.x.shape[-1]
-        inputs = net.x.gather(1, self.example.flatten(1)[..., None].expand(-1, -1, d))
-        place = self.neuron.flatten(1)[..., None] * d + torch.arange(d, device=net.x.device)
-        out = net.x.new_zeros(B, place.shape[1], size).scatter(2, place, inputs)
-        return out * self.valid.flatten(1)[..., None]
+    def normals(self) -> Float[Tensor, "B Gc P"]:
+        """N, dense: for norms that couple neurons only."""
+        x, (_, m, d) = self.point.net.x, self.point.first.shape
+        size = m * d + self.point.last[0].numel()
+        inputs = x.gather(1, self.example.flatten(1)[..., None].expand(-1, -1, d))
+        place = self.neuron.flatten(1)[..., None] * d + torch.arange(d, device=x.device)
+        normals = x.new_zeros(*place.shape[:2], size).scatter(2, place, inputs)
+        return normals * self.valid.flatten(1)[..., None]
+
+    def gram(self, metric: Metric) -> Float[Tensor, "B G c c"]:
+        """N A⁻¹Nᵀ in each group."""
+        if metric.scales is None:
+            normals = self.normals()
+            blocks = (metric.inverse(normals) @ normals.mT)[:, None]
+        else:
+            inner = self.point.net.xx[
+                torch.arange(len(self.mask), device=self.mask.device)[:, None, None, None],
+                self.example[..., :, None],
+                self.example[..., None, :],
+            ]
+            same = self.neuron[..., :, None] == self.neuron[..., None, :]
+            blocks = torch.where(same, metric.scales[0] * inner, 0.0)
+        return torch.where(self.valid[..., :, None] & self.valid[..., None, :], blocks, 0.0)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """The linear algebra of one step: v ↦ v − A⁻¹JᵀF V FᵀJv with V⁻¹ = I/``gain`` + FᵀJA⁻¹JᵀF and
+    """The damping of one step: v ↦ M A v = v − A⁻¹JᵀF V FᵀJv with V⁻¹ = I/(γτ) + FᵀJA⁻¹JᵀF and
     FFᵀ = S.
 
-    This is M A of the module's text with γτ = ``gain (B,)``. J has the slopes of the step's start.
-    """
+    J, in ``tape``, has the slopes of the step's start; ``root`` is F, ``core`` V and ``inverse``
+    V⁻¹."""
 
     metric: Metric
     tape: Tape
@@ -154,76 +155,80 @@ class GaussNewton:
     inverse: Float[Tensor, "B R R"]
 
     @staticmethod
-    def at(metric: Metric, point: NetAt, slopes: Tensor, gain: Tensor) -> "GaussNewton":
-        tape, root = point.tape(slopes), point.net.loss.curvature(point.outputs, point.net.y)
+    def at(
+        metric: Metric,
+        point: NetAt,
+        multipliers: Float[Tensor, "B N m"],
+        gain: Float[Tensor, " B"],
+    ) -> "GaussNewton":
+        """The damping with γτ = ``gain``, where the kinks have these multipliers."""
+        tape = point.tape(point.slopes(multipliers))
+        root = point.net.loss.curvature(point.outputs, point.net.y)
         if metric.scales is not None:
             gram = kernels.gram(tape, metric.scales)
         else:
             J = kernels.jacobian(tape).flatten(1, 2)
-            gram = J @ metric.raised(J).mT
+            gram = J @ metric.inverse(J).mT
         unit = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
         inverse = unit / gain.to(root)[:, None, None] + root.mT @ gram @ root
         return GaussNewton(metric, tape, root, torch.linalg.inv(inverse), inverse)
 
     def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
-        seen = kernels.pushforward(self.tape, v)
+        seen = kernels.pushforward(self.tape, v)  # Jv
         inner = self.root @ (self.core @ (self.root.mT @ seen.flatten(1)[..., None]))
-        pulled = kernels.pullback(self.tape, inner.view_as(seen))
-        return v - self.metric.raised(pulled)
+        return v - self.metric.inverse(kernels.pullback(self.tape, inner.view_as(seen)))
 
 
 @dataclass(frozen=True)
 class KinkCoupling:
-    """How the forces of the packed kinks move their own coordinates: N M Nᵀ = N A⁻¹Nᵀ − E V Eᵀ with
-    E = N A⁻¹JᵀF, as ``blocks (B, G, c, c)`` and, where there are several groups, a correction of
-    low rank."""
+    """How the forces of the pairs at hand move their own coordinates: N M Nᵀ = N A⁻¹Nᵀ − E V Eᵀ
+    with E = N A⁻¹JᵀF, as ``blocks (B, G, c, c)`` and, where there are several groups, a correction
+    of low rank."""
 
-    pack: ActivePairs
-    net: TwoLayer
+    pairs: ActivePairs
     blocks: Float[Tensor, "B G c c"]
     low_rank: LowRank | None
 
     @staticmethod
-    def of(pack: ActivePairs, damping: GaussNewton, net: TwoLayer, point: NetAt) -> "KinkCoupling":
-        metric = damping.metric
-        coupling = (
-            _coupled(pack, damping, net)
-            if metric.scales is None
-            else _coupled_by_neuron(pack, damping, net)
-        )
-        coupling = torch.where(pack.valid[..., None], coupling, 0.0)
-        blocks = metric.blocks(pack, net, point)
-        if coupling.shape[1] == 1:
-            return KinkCoupling(
-                pack, net, blocks - coupling @ damping.core[:, None] @ coupling.mT, None
-            )
-        return KinkCoupling(pack, net, blocks, LowRank(coupling, damping.core, damping.inverse))
+    def of(pairs: ActivePairs, damping: GaussNewton) -> "KinkCoupling":
+        """The coupling of these pairs in a step with this damping."""
+        E = _coupled(pairs, damping)
+        E = torch.where(pairs.valid[..., None], E, 0.0)
+        blocks = pairs.gram(damping.metric)
+        if E.shape[1] == 1:
+            return KinkCoupling(pairs, blocks - E @ damping.core[:, None] @ E.mT, None)
+        return KinkCoupling(pairs, blocks, LowRank(E, damping.core, damping.inverse))
 
-    def along(self, v: Tensor) -> Tensor:
-        return self.pack.along(self.net, v)
+    @property
+    def system(self) -> box.System:
+        """Products with N M Nᵀ and solves."""
+        return box.ridged(self.blocks, self.low_rank)[0]
 
-    def combine(self, force: Tensor, size: int) -> Tensor:
-        return self.pack.combine(self.net, force, size)
-
-
-def _coupled_by_neuron(
-    pack: ActivePairs, damping: GaussNewton, net: TwoLayer
-) -> Float[Tensor, "B G c R"]:
-    """⟨n_p, ∇f_kc⟩ = a_cj φ'_kj ⟨x_p, x_k⟩ for a pair p of neuron j, times F."""
-    assert damping.metric.scales is not None
-    batch = torch.arange(len(net.x), device=net.x.device)[:, None, None]
-    last, slopes = damping.tape.weights[1], damping.tape.slopes[0]
-    inner = net.xx[batch, pack.example] * slopes.mT[batch, pack.neuron]
-    root = damping.root.unflatten(1, (inner.shape[-1], -1))
-    seen = [
-        last[batch, k, pack.neuron][..., None]
-        * (inner.flatten(1, 2) @ root[:, :, k]).view(*inner.shape[:3], -1)
-        for k in range(last.shape[1])
-    ]
-    return damping.metric.scales[0] * sum(seen[1:], start=seen[0])
+    def held(
+        self,
+        ahead: Float[Tensor, "B G c"],
+        upper: Float[Tensor, "B G c"],
+        guess: Float[Tensor, "B G c"],
+    ) -> Solution:
+        """The forces in [0, upper] that hold on their kinks coordinates which come to ``ahead``
+        without."""
+        return box.solve_box(self.blocks, ahead, upper, self.low_rank, guess)
 
 
-def _coupled(pack: ActivePairs, damping: GaussNewton, net: TwoLayer) -> Float[Tensor, "B 1 c R"]:
-    J = kernels.jacobian(damping.tape).flatten(1, 2)
-    raised = damping.metric.raised(pack.normals(net, J.shape[-1]))
-    return (raised @ J.mT @ damping.root)[:, None]
+def _coupled(pairs: ActivePairs, damping: GaussNewton) -> Float[Tensor, "B G c R"]:
+    """N A⁻¹JᵀF; for separate neurons from ⟨n_p, ∇f_kc⟩ = a_cj φ'_kj ⟨x_p, x_k⟩ for a pair p of
+    neuron j."""
+    metric, root = damping.metric, damping.root
+    if metric.scales is None:
+        J = kernels.jacobian(damping.tape).flatten(1, 2)
+        return (metric.inverse(pairs.normals()) @ J.mT @ root)[:, None]
+    batch = torch.arange(len(root), device=root.device)[:, None, None]
+    slopes = damping.tape.slopes[0].mT[batch, pairs.neuron]  # (B, G, c, N)
+    inner = pairs.point.net.xx[batch, pairs.example] * slopes
+    root = root.unflatten(1, (inner.shape[-1], -1))  # (B, N, C, R)
+    total = torch.zeros_like(inner[..., :1])
+    for c in range(root.shape[2]):
+        outer = pairs.point.last[batch, c, pairs.neuron][..., None]
+        through = (inner.flatten(1, 2) @ root[:, :, c]).view(*inner.shape[:3], -1)
+        total = total + outer * through
+    return metric.scales[0] * total

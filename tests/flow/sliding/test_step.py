@@ -486,7 +486,7 @@ def test_rotated_inputs_and_permuted_neurons_have_the_same_path():
 class Fixed(KinkImplicit):
     """Steps of one size."""
 
-    def _excess(self, field, problem, metric, state, trial, point, moved):
+    def _excess(self, field, problem, state, trial, point, moved):
         return torch.zeros_like(state.step_size)
 
     def _resized(self, state, excess):

@@ -1,0 +1,65 @@
+"""Which pairs (neuron, example) their kinks hold at one place, and the ∇Λ of least dual norm over
+the multipliers of those."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.convex import box
+from flowsim.flow.sliding.forces import ActivePairs, Metric
+from flowsim.problems.kinks import NetAt
+
+
+def between(multipliers: Tensor) -> Bool[Tensor, "..."]:
+    """Which pairs slide: those whose multiplier is at neither end."""
+    return (multipliers > 0) & (multipliers < 1)
+
+
+def count(mask: Tensor) -> Float[Tensor, " B"]:
+    """How many pairs of each trajectory are in ``mask``."""
+    return mask.flatten(1).sum(-1).double()
+
+
+def on_kink(point: NetAt) -> Bool[Tensor, "B N m"]:
+    """Which pairs have z = 0 to rounding."""
+    inputs = torch.diagonal(point.net.xx, dim1=-2, dim2=-1).sqrt()[..., None]
+    weights = torch.linalg.vector_norm(point.first, dim=-1)[:, None]
+    rounding = 16 * torch.finfo(point.z.dtype).eps * point.net.x.shape[-1] ** 0.5
+    return point.z.abs() <= rounding * inputs * weights
+
+
+def sides_at(point: NetAt, stored: Tensor | None) -> Float[Tensor, "B N m"]:
+    """The stored multipliers of pairs on or within rounding of their kink, else the side that z
+    shows: 0 for z < 0, 1 for z > 0."""
+    shown = (point.z > 0).to(point.z)
+    if stored is None:
+        return shown
+    stored = stored.view_as(shown)
+    return torch.where(between(stored) | on_kink(point), stored, shown)
+
+
+def fraction_of(force: Tensor, upper: Tensor) -> Tensor:
+    """A force over its bound; 0 where there is none."""
+    return force / torch.where(upper > 0, upper, 1.0)
+
+
+def least_gradient(
+    metric: Metric,
+    point: NetAt,
+    given: Float[Tensor, "B N m"],
+    stuck: Bool[Tensor, "B N m"],
+) -> tuple[Float[Tensor, "B N m"], Float[Tensor, "B P"]]:
+    """Multipliers and the ∇Λ of least dual norm, over the kinks that hold the pairs in ``stuck``.
+
+    The others are on the side that z shows; a stuck pair whose kink repels is let go, to the side
+    whose multiplier is nearer."""
+    hangs = stuck & (point.jump < 0)
+    sides = torch.where(stuck, (given >= 0.5).to(given), (point.z > 0).to(point.z))
+    pairs = ActivePairs.of(point, hangs, metric.scales is not None)
+    free = point.gradient(point.slopes(torch.where(hangs, 0.0, sides)))  # ∇Λ without forces
+    upper = -pairs.take(torch.where(hangs, point.jump, 0.0))
+    ahead = pairs.along(metric.inverse(free))
+    guess = upper * pairs.take(given)
+    force = box.solve_box(pairs.gram(metric), ahead, upper, start=guess).force
+    multipliers = pairs.put(sides, fraction_of(force, upper))
+    return multipliers, free - pairs.combine(force)

@@ -1,0 +1,245 @@
+"""The two stages of an implicit step along kinks.
+
+    k₁ = M(h(w) − Nᵀλ₁),                          w₁ = w + τk₁
+    k₂ = M(h(w₁) − Nᵀλ₂ − 2Ak₁),                  w₊ = w + τ(3k₁ + k₂)/2
+
+h is ∇Λ without the forces λ of the pairs (neuron, example) at hand; λ₁ makes w₁ and λ₂ makes w₊
+consistent with their kinks (`step`). A pair with a mean multiplier D feels the force −jump·D."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowsim.convex.box import Solution
+from flowsim.flow.field import Sample
+from flowsim.flow.sliding.forces import ActivePairs, GaussNewton, KinkCoupling, Metric
+from flowsim.flow.sliding.selection import between, fraction_of, on_kink, sides_at
+from flowsim.motion.state import State
+from flowsim.problems.kinks import NetAt, TwoLayer, release_sides
+
+GAMMA = 1 - 0.5**0.5
+
+
+@dataclass(frozen=True)
+class Impulses:
+    """Bounds on the mean multipliers D over a step, of pairs that its forces may hold: low ≤ D ≤
+    low + width.
+
+    A pair keeps its multiplier until something happens to it after the share θ of the step, and has
+    one between 0 and 1 for the rest, so that its mean lies between θ·given and θ·given + 1 − θ.
+    What happens to a pair off its kink is that it gets there. To a pair on its kink it is the first
+    arrival of another pair of its neuron, which changes the force on it at once. So pairs that pass
+    or leave end at a bound, those that stick end in between, and all have felt the right impulse.
+    Where nothing is foreseen θ is 0."""
+
+    pairs: ActivePairs
+    low: Float[Tensor, "B N m"]
+    width: Float[Tensor, "B G c"]
+
+    @staticmethod
+    def of(
+        pairs: ActivePairs, move: Float[Tensor, "B N m"], given: Float[Tensor, "B N m"]
+    ) -> "Impulses":
+        """The bounds for pairs that had the multipliers ``given`` and that would make the way
+        ``move`` in the step."""
+        z, on = pairs.point.z, between(given) | on_kink(pairs.point)
+        arrives = (z * move < 0) & (z.abs() < move.abs()) & ~on
+        share = z.abs() / torch.where(arrives, move.abs(), 1.0)
+        first = torch.where(arrives, share, torch.inf).amin(1, keepdim=True)  # of each neuron
+        share = torch.where(arrives, share, torch.where(on & (first < 1), first, 0.0))
+        low = share * given
+        return Impulses(pairs, low, pairs.take(low + 1 - share - low))
+
+    def largest(self, jump: Float[Tensor, "B N m"]) -> Float[Tensor, "B G c"]:
+        """The largest forces over the step, of kinks with these jumps."""
+        return -self.pairs.take(jump) * self.width
+
+    def multipliers(
+        self, others: Float[Tensor, "B N m"], fraction: Float[Tensor, "B G c"]
+    ) -> Float[Tensor, "B N m"]:
+        """Mean multipliers where the pairs at hand feel this fraction of their largest forces."""
+        return self.pairs.put(others, self.pairs.take(self.low) + fraction * self.width)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its k and where it leads, the multipliers there, the fraction of its largest force
+    that each pair at hand feels, and the pairs that are held strictly inside their bounds."""
+
+    k: Float[Tensor, "B P"]
+    w: Float[Tensor, "B P"]
+    multipliers: Float[Tensor, "B N m"]
+    fraction: Float[Tensor, "B G c"]
+    free: Bool[Tensor, "B N m"]
+    solved: Bool[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class SlidingTrial:
+    """A step that has been tried: its first and its second stage, the kinks that hold at its end,
+    and those that held after the first stage and were released for the second."""
+
+    w1: Float[Tensor, "B P"]
+    w: Float[Tensor, "B P"]
+    outputs1: Float[Tensor, "B N C"]
+    multipliers: Float[Tensor, "B N m"]
+    stuck: Bool[Tensor, "B N m"]
+    released: Bool[Tensor, "B N m"]
+    solved: Bool[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What both stages of a step of length ``tau`` from ``w`` share: the linear algebra there, and
+    the bounds of the pairs at hand."""
+
+    w: Float[Tensor, "B P"]
+    tau: Float[Tensor, "B 1"]
+    point: NetAt
+    given: Float[Tensor, "B N m"]
+    damping: GaussNewton
+    coupling: KinkCoupling
+    impulses: Impulses
+
+    @staticmethod
+    def of(
+        metric: Metric, net: TwoLayer, state: State, first: Sample, tau: Float[Tensor, " B"]
+    ) -> "StepStart":
+        """The start of a step of ``state``, where the field is ``first``."""
+        w, point = state.w, net.at(state.w)
+        given = sides_at(point, state.multipliers)
+        damping = GaussNewton.at(metric, point, given, GAMMA * tau)
+        near = within_reach(metric, point, first.velocity, tau)
+        pairs = ActivePairs.of(point, near, metric.scales is not None)
+        coupling = KinkCoupling.of(pairs, damping)
+        step = tau.to(w)[:, None]
+        move = step[..., None] * point.along(damping(first.velocity))
+        impulses = Impulses.of(pairs, move, given)
+        return StepStart(w, step, point, given, damping, coupling, impulses)
+
+    def stage(
+        self,
+        h: Float[Tensor, "B P"],
+        upper: Float[Tensor, "B G c"],
+        guess: Float[Tensor, "B G c"],
+        *,
+        carried: Tensor | float = 0.0,
+        offset: Tensor | float = 0.0,
+        fraction: float = 1.0,
+    ) -> tuple[Float[Tensor, "B P"], Solution]:
+        """The k = M(h − Nᵀλ − A·carried) with z + τN(offset + fraction·k) consistent with forces λ
+        in [0, upper], and these forces."""
+        pairs, inverse = self.coupling.pairs, self.damping.metric.inverse
+        free = self.damping(inverse(h) - carried)  # k without forces
+        ahead = pairs.take(self.point.z) / (fraction * self.tau[..., None])
+        ahead = ahead + pairs.along(offset / fraction + free)
+        solution = self.coupling.held(ahead, upper, guess)
+        return self.damping(inverse(h - pairs.combine(solution.force)) - carried), solution
+
+    def ended(
+        self,
+        k: Tensor,
+        w: Tensor,
+        others: Float[Tensor, "B N m"],
+        solution: Solution,
+        upper: Float[Tensor, "B G c"],
+    ) -> Stage:
+        """The stage that leads to w by forces in [0, upper]; pairs not at hand keep ``others``."""
+        fraction = fraction_of(solution.force, upper)
+        multipliers = self.impulses.multipliers(others, fraction)
+        nowhere = torch.zeros_like(others)
+        free = self.coupling.pairs.put(nowhere, solution.free.to(others)) > 0
+        return Stage(k, w, multipliers, fraction, free, solution.solved)
+
+
+def within_reach(
+    metric: Metric, point: NetAt, velocity: Float[Tensor, "B P"], tau: Float[Tensor, " B"]
+) -> Bool[Tensor, "B N m"]:
+    """Attracting pairs that may come to their kink within a step of ``tau``."""
+    speed = point.along(velocity).abs() + point.jump.abs() * metric.stiffness(point)
+    near = point.z.abs() <= 1.5 * tau.to(speed)[:, None, None] * speed
+    return (point.jump < 0) & point.net.distinct & near
+
+
+def first_stage(start: StepStart) -> Stage:
+    """k₁ and w₁ = w + τk₁."""
+    point, impulses, pairs = start.point, start.impulses, start.coupling.pairs
+    multipliers = torch.where(pairs.mask, impulses.low, start.given)
+    h = point.gradient(point.slopes(multipliers))
+    upper = impulses.largest(point.jump)
+    k, solution = start.stage(h, upper, upper * pairs.take(start.given))
+    return start.ended(k, start.w + start.tau * k, start.given, solution, upper)
+
+
+def second_stage(
+    start: StepStart, one: Stage, point1: NetAt, hangs: Tensor, side: Float[Tensor, "B N m"]
+) -> Stage:
+    """k₂ and w₊ = w + τ(3k₁ + k₂)/2, where the pairs of ``hangs`` still attract at w₁ and the
+    others at hand are on ``side``."""
+    impulses, mask = start.impulses, start.coupling.pairs.mask
+    crossed = multipliers_of_crossings(start.point.z, point1.z, start.given)
+    multipliers = torch.where(mask, torch.where(hangs, impulses.low, side), crossed)
+    h = point1.gradient(point1.slopes(multipliers))
+    upper = impulses.largest(torch.where(hangs, point1.jump, 0.0))
+    k, solution = start.stage(
+        h, upper, upper * one.fraction, carried=2 * one.k, offset=1.5 * one.k, fraction=0.5
+    )
+    w = start.w + start.tau * (1.5 * one.k + 0.5 * k)
+    return start.ended(k, w, one.multipliers, solution, upper)
+
+
+def both_stages(
+    start: StepStart, sides: tuple[int, ...], releases: Float[Tensor, " B"]
+) -> SlidingTrial:
+    """Both stages. What has become repelling inside the step is let go for the second, to the sides
+    that follow the ``releases`` before."""
+    one = first_stage(start)
+    point1 = start.point.net.at(one.w)
+    hangs = start.coupling.pairs.mask & (point1.jump < 0)
+    released = ~hangs & one.free
+    side = sides_of_releases(one.multipliers, released, releases, sides)
+    two = second_stage(start, one, point1, hangs, side)
+    late = released & ((point1.along(two.w) > 0) != (side > 0.5))
+    if bool(late.any()):
+        two = _leaving_later(start, two, point1.along(two.w), late, side)
+    solved = one.solved & two.solved
+    return SlidingTrial(one.w, two.w, point1.outputs, two.multipliers, two.free, released, solved)
+
+
+def _leaving_later(
+    start: StepStart, two: Stage, z: Tensor, late: Bool[Tensor, "B N m"], side: Tensor
+) -> Stage:
+    """The stage with pairs that were released so late that they ended, with ``z``, on their wrong
+    side: they are put on their kinks, which they leave in the next step."""
+    pairs = start.coupling.pairs
+    stuck = two.free | late
+    held = pairs.take(stuck.to(z)) > 0
+    force = start.coupling.system.solve(held, pairs.take(torch.where(late, z, 0.0)))
+    back = start.damping(start.damping.metric.inverse(pairs.combine(force)))
+    multipliers = torch.where(late, side, two.multipliers)
+    return replace(two, w=two.w - back, multipliers=multipliers, free=stuck)
+
+
+def sides_of_releases(
+    multipliers: Float[Tensor, "B N m"],
+    released: Bool[Tensor, "B N m"],
+    before: Float[Tensor, " B"],
+    sides: tuple[int, ...],
+) -> Float[Tensor, "B N m"]:
+    """The sides of pairs that no force holds (`kinks.release_sides`)."""
+    flat = release_sides(multipliers.flatten(1), released.flatten(1), before, sides)
+    return flat.view_as(multipliers)
+
+
+def multipliers_of_crossings(z: Tensor, z1: Tensor, given: Tensor) -> Float[Tensor, "B N m"]:
+    """Second-stage multipliers of pairs that no force holds.
+
+    The step counts the mean of both stages. A pair that crosses its kink gets the share F of the
+    step in which z > 0, so its second multiplier is 2F − (the first); the others have that of their
+    side."""
+    crosses = z * z1 < 0
+    positive = torch.maximum(z, z1) / torch.where(crosses, (z - z1).abs(), 1.0)
+    side = torch.where(z1 == 0, given, (z1 > 0).to(z1))
+    return torch.where(crosses, 2 * positive - given, side)
