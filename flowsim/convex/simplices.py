@@ -2,8 +2,8 @@ r"""A quadratic over a product of simplices: which unknowns are positive at its 
 
     minimise ½ xᵀHx + cᵀx   over x ≥ 0, Σ x = 1 in each group.
 
-The method of active sets ends with the set itself, to rounding, after finitely many steps. Where the
-set is known by its projection only, and a point is enough, see `admm`."""
+The method of active sets ends with the set itself, to rounding, after finitely many steps. Of a
+convex set that is known by its projection only, `admm` finds the minimum as a point."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int

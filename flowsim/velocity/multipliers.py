@@ -23,8 +23,8 @@ END = 1e-9  # multipliers so near to 0 or 1 are taken to be there
 
 @dataclass(frozen=True)
 class AttractingKinks:
-    """The attracting kinks at one place: normals ``n``, ``c`` = −jump, the gradient ``b`` for D = 0,
-    and their ``index`` among all kinks."""
+    """The attracting kinks at one place: normals ``n``, ``c`` = −jump, the gradient ``b`` for
+    D = 0, and their ``index`` among all kinks."""
 
     b: Float[Tensor, " P"]
     n: Float[Tensor, "K P"]
@@ -39,7 +39,7 @@ class AttractingKinks:
         return self.b @ u - self.c @ (self.n @ u).clamp_min(0)
 
     def respected(self, D: Float[Tensor, " K"]) -> Slabs:
-        """Where u may lie: ⟨n, u⟩ is at most 0 for D = 0, at least 0 for D = 1, and 0 in between."""
+        """Where u may lie: ⟨n, u⟩ is at most 0 for D = 0, at least 0 for D = 1, 0 in between."""
         unit = self.n / torch.linalg.vector_norm(self.n, dim=-1, keepdim=True)
         low = torch.where(D <= 0, -torch.inf, 0.0).to(D)
         high = torch.where(D >= 1, torch.inf, 0.0).to(D)

@@ -52,8 +52,8 @@ def least_curved(
 
 
 def support_within(face: Face, a: Float[Tensor, " P"], slabs: Slabs) -> Float[Tensor, ""]:
-    """The maximum of ⟨a, v⟩ over the points of the face that lie in the slabs: a bound from above, by
-    the multipliers."""
+    """The maximum of ⟨a, v⟩ over the points of the face that lie in the slabs: a bound from above,
+    by the multipliers."""
     scale = a.abs().amax()
     if not scale > 0:
         return a.sum()

@@ -1,4 +1,4 @@
-"""What a minimising movement is, and the sums of exponentials that losses are replaced by to find it.
+"""What a minimising movement is, and the sums of exponentials that stand for losses to find it.
 
 A movement of arclength ε from w is
 

@@ -2,10 +2,10 @@
 linear.
 
 The movement of arclength ε from w ends at w + εv, where v is steepest for an element of Clarke's
-gradient of Λ there. It is found by a sequence of convex programmes (`solve_hinged`), each a model of the
-net at the last guess: margins linearised but for the kinks that attract, whose hinges stay as they
-are, so that any number of kinks and coordinates may come to slide, or stop, in one movement. What
-is not convex is
+gradient of Λ there. It is found by a sequence of convex programmes (`convex.programme`), each a
+model of the net at the last guess: margins linearised but for the kinks that attract, whose hinges
+stay as they are, so that any number of kinks and coordinates may come to slide, or stop, in one
+movement. What is not convex is
 
     kinks that repel       replaced by the side that the guess is on, which lies below them,
     products of weights    linearised, less ½ Δᵀ C Δ with C the negative part of their curvature,
@@ -51,10 +51,11 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Sweeps:
-    """The next guess ``v``, the best movement of the sweeps before it, and what the last of them
-    made of their guesses."""
+    """The next guess, the best movement of the sweeps before it, and what the last of them made of
+    their guesses."""
 
     v: _Vector
+    multipliers: Float[Tensor, " N*m"]
     top: Movement | None = None
     asked: tuple[Tensor, ...] = ()
     given: tuple[Tensor, ...] = ()
@@ -62,10 +63,10 @@ class _Sweeps:
     def followed(self, ended: Movement) -> "_Sweeps":
         """After one more sweep."""
         if self.top is not None and ended.lam < self.top.lam:  # the last guess went too far
-            return _Sweeps(self.top.v, self.top)
+            return _Sweeps(self.top.v, self.top.dual_variables, self.top)
         asked = (*self.asked[-3:], self.v)
         given = (*self.given[-3:], ended.v)
-        return _Sweeps(_extrapolated(asked, given), ended, asked, given)
+        return _Sweeps(_extrapolated(asked, given), ended.dual_variables, ended, asked, given)
 
 
 class NetMover:
@@ -102,11 +103,11 @@ class NetMover:
         start = self.net.at(w[None])
         z = start.z[0]
         begun = guess or Guess(torch.zeros_like(w), (z > 0).to(w).flatten())
-        multipliers = begun.dual_variables.view_as(z)
-        task = _Task(w, eps, z, eps * self._farthest[:, None], multipliers, begun.releases)
-        sweeps, best, iterate, newton = _Sweeps(begun.v), None, None, 0
+        task = self._task(w, eps, z, begun)
+        sweeps, best = _Sweeps(begun.v, begun.dual_variables), None
+        iterate, newton = None, 0
         for _ in range(SWEEPS):
-            programme = self._programme(task, sweeps.v, multipliers)
+            programme = self._programme(task, sweeps.v, sweeps.multipliers.view_as(z))
             if programme is None:
                 break
             aim = 1e-3 if best is None else max(0.1 * tol, 1e-3 * best.gap)
@@ -117,10 +118,13 @@ class NetMover:
             if best.gap <= tol:
                 break
             sweeps = sweeps.followed(ended)
-            multipliers = (sweeps.top or ended).dual_variables.view_as(z)
         if best is None:
-            return self._movement(task, start, torch.zeros_like(w), multipliers)
+            return self._movement(task, start, torch.zeros_like(w), sweeps.multipliers.view_as(z))
         return replace(best, newton=newton)
+
+    def _task(self, w: _Vector, eps: float, z: _Pairs, begun: Guess) -> _Task:
+        farthest = eps * self._farthest[:, None]
+        return _Task(w, eps, z, farthest, begun.dual_variables.view_as(z), begun.releases)
 
     # --- the programme of a sweep -----------------------------------------------------------------
 
@@ -134,26 +138,38 @@ class NetMover:
         gain = task.eps * float(self.norm.dual(point.gradient(slopes)[0]))
         if not 0 < gain < math.inf:
             return None
-        scale, margins = touching(self.problem.loss, point.outputs, self.net.y)
-        slope, kinks, ends = self._rows(point, slopes, live, scale[:, None] * self._signs)
-        per_gain = task.eps / gain
-        curb = _curb(self._products(point, slopes), self._blocks(v))
+        return self._model(task, gain, self._blocks(v), point, live, slopes)
+
+    def _model(
+        self,
+        task: _Task,
+        gain: float,
+        centre: Float[Tensor, "m D"],
+        point: NetAt,
+        live: Bool[Tensor, "N m"],
+        slopes: Float[Tensor, "1 N m"],
+    ) -> Programme:
+        """With these hinges ``live``, and these slopes of all other pairs."""
+        eps, loss = task.eps, self.problem.loss
+        scale, margins = touching(loss, point.outputs, self.net.y)
+        rows = self._rows(point, slopes, live, scale[:, None] * self._signs)
+        slope, kinks, ends = (row * (eps / gain) for row in rows)
         programme = Programme(
             x=self.net.x[0],
             example_of=self._parallel,
-            slope=slope * per_gain,
-            ends=ends * per_gain,
-            kinks=kinks * per_gain,
+            slope=slope,
+            ends=ends,
+            kinks=kinks,
             live=live.mT,
-            z=task.z.mT / task.eps,
+            z=task.z.mT / eps,
             offset=margins / gain,
             temperature=1 / gain,
-            curb=curb * (task.eps * task.eps / gain),
-            centre=self._blocks(v),
+            curb=(eps * eps / gain) * _curb(self._products(point, slopes), centre),
+            centre=centre,
         )
         # at the guess the model's margins are those of the net
-        hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / task.eps
-        offset = programme.offset - programme.rows(programme.centre) + programme.hinge_loss(hinges)
+        hinges = torch.where(live, point.z[0], 0.0).clamp_min(0).mT / eps
+        offset = programme.offset - programme.rows(centre) + programme.hinge_loss(hinges)
         return replace(programme, offset=offset - offset.amin())
 
     def _rows(

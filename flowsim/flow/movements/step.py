@@ -119,7 +119,7 @@ def mover_of(
         if not supports_ball(norm):
             raise ValueError(
                 f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a "
-                "quadratic norm for a net with kinks; try flowsim.SmallStep for the small-step path"
+                "quadratic norm for a net with kinks; try flowsim.SmallStep for its small steps"
             )
         return NetMover(norm, objective, w, sides)
     if not supports_smoothing(norm):

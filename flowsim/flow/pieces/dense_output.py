@@ -11,7 +11,7 @@ from numpy import ndarray as Array
 from torch import Tensor
 
 from flowsim.flow.pieces.points import TINY, Evaluation, OnPiece
-from flowsim.flow.pieces.polytope import Weights
+from flowsim.flow.pieces.polytope import PerWeight
 from flowsim.flow.steps import segment_between
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
@@ -27,10 +27,10 @@ class PieceStep:
     end: OnPiece
     ds: float
 
-    def at(self, v: float) -> Weights:
+    def at(self, v: float) -> PerWeight:
         """Weights on the cubic, v from 0 to 1."""
-        slopes = self.ds * self.start.u, self.ds * self.end.u
-        return hermite(v, self.start.at.w, self.end.at.w, *slopes)  # type: ignore[arg-type, return-value]
+        a, b = self.start, self.end
+        return hermite(v, a.at.w, b.at.w, self.ds * a.u, self.ds * b.u)  # type: ignore
 
     @cached_property
     def middle(self) -> Evaluation:
@@ -45,7 +45,7 @@ class PieceStep:
         return self.end.inverse.of_normal(self._slope)
 
     @property
-    def bend(self) -> Weights:
+    def bend(self) -> PerWeight:
         """What the cubic lacks half way."""
         return self.start.face.expand(self._lack)
 

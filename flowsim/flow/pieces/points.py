@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowsim.convex.simplices import positive_at_minimum
 from flowsim.flow.field import Field, Sample
-from flowsim.flow.pieces.polytope import Corners, Polyhedral, Signed, Weights
+from flowsim.flow.pieces.polytope import Corners, PerCorner, PerWeight, Polyhedral
 from flowsim.problems.objective import Objective
 
 EPS = float(np.finfo(np.float64).eps)
@@ -44,7 +44,7 @@ class View:
 class Evaluation:
     """The objective at w: the level and its gradient h, and the curvature when asked for."""
 
-    def __init__(self, view: View, w: Weights) -> None:
+    def __init__(self, view: View, w: PerWeight) -> None:
         view.gradients += 1
         level, h = view.objective.ascent(view.tensor(w))
         self.view, self.w = view, w
@@ -59,7 +59,7 @@ class Evaluation:
         return as_numpy(self.view.objective.curvature(self.view.tensor(self.w))[0])
 
     @property
-    def unit(self) -> Weights:
+    def unit(self) -> PerWeight:
         """h/‖h‖_*."""
         return self.h / max(self.dual_norm, TINY)
 
@@ -137,7 +137,7 @@ class OnPiece:
         return Pseudoinverse(columns @ self.face.basis, self.face.sizes(size))
 
     @cached_property
-    def u(self) -> Weights:
+    def u(self) -> PerWeight:
         """The velocity dw/ds: the minimiser of ‖C u‖ on the face's affine hull, the shortest of
         them."""
         y = self.inverse.times(self.at.C @ self.face.centre)
@@ -151,7 +151,7 @@ class OnPiece:
         return view.field.sample(view.objective, w, view.tensor(at.lam), h, u)
 
     @cached_property
-    def dh(self) -> Weights:
+    def dh(self) -> PerWeight:
         """−CᵀC u, which is dh/ds up to a multiple of h."""
         return -self.at.C.T @ (self.at.C @ self.u)
 
@@ -182,21 +182,22 @@ class OnPiece:
         return np.vstack([self.face.missing(self.at.unit), self.face.shares(self.u)])
 
     @cached_property
-    def closing(self) -> Signed:
+    def closing(self) -> PerCorner:
         """How fast the corners' part of `clearance` falls."""
         turn = self.dh + self.curvature / self.at.dual_norm * self.at.h
         rate = self.face.missing(turn / self.at.dual_norm)
         return np.where(np.isfinite(rate), -rate, 0.0)
 
 
-def newton(view: View, face: Corners, w: Weights, inverse: Pseudoinverse) -> OnPiece | None:
-    """The point of the piece in w + span E, where Eᵀh = 0; None where Newton's method fails.
+def newton(start: OnPiece, w: PerWeight) -> OnPiece | None:
+    """The point of the piece of ``start`` in w + span E, where Eᵀh = 0; None where Newton's method
+    fails.
 
-    It starts with the inverse from a point near by, and takes a new one where errors fall by less
-    than a fifth."""
-    error, fresh, near = np.inf, False, False
+    It begins with the inverse from there, and takes a new one where errors fall by less than a
+    fifth."""
+    inverse, error, fresh, near = start.inverse, np.inf, False, False
     for _ in range(16):
-        point = OnPiece(Evaluation(view, w), face)
+        point = OnPiece(Evaluation(start.at.view, w), start.face)
         last, error = error, point.error
         slow = error > 0.2 * last
         if error <= max(point.at.noise / 8, 64 * EPS):
@@ -207,7 +208,7 @@ def newton(view: View, face: Corners, w: Weights, inverse: Pseudoinverse) -> OnP
             return None
         if slow:
             inverse, fresh = point.inverse, True
-        move = face.expand(inverse.of_normal(point.slope))
+        move = start.face.expand(inverse.of_normal(point.slope))
         # about as near as rounding allows
         near = error < 1e-7 or np.abs(move).max() <= 64 * EPS * np.abs(w).max()
         w = w + move

@@ -16,8 +16,8 @@ from flowsim.norms.blocks import Max, Sum
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, Linf
 
-Weights = Float[Array, " P"]  # one number for each weight
-Signed = Float[Array, "2 P"]  # for each corner +c_k e_k, and then for each −c_k e_k
+PerWeight = Float[Array, " P"]  # one number for each weight
+PerCorner = Float[Array, "2 P"]  # for each corner +c_k e_k, and then for each −c_k e_k
 _Codes = Int[Array, " P"]
 
 REST = 2  # the code of a weight in a group whose gradient is zero
@@ -38,7 +38,7 @@ class Polyhedral:
     c."""
 
     group: _Codes
-    scale: Weights
+    scale: PerWeight
 
     @staticmethod
     def of(norm: Norm, size: int) -> "Polyhedral":
@@ -68,18 +68,18 @@ class Polyhedral:
     def starts(self) -> Int[Array, " G"]:
         return np.flatnonzero(np.diff(self.group, prepend=-1))
 
-    def sums(self, a: Weights) -> Float[Array, " G"]:
+    def sums(self, a: PerWeight) -> Float[Array, " G"]:
         return np.add.reduceat(a, self.starts)
 
-    def dual(self, h: Weights) -> float:
+    def dual(self, h: PerWeight) -> float:
         """‖h‖_*."""
         return float(np.maximum.reduceat(self.scale * np.abs(h), self.starts).sum())
 
-    def value(self, v: Weights) -> float:
+    def value(self, v: PerWeight) -> float:
         """‖v‖."""
         return float(self.sums(np.abs(v) / self.scale).max())
 
-    def spare(self, v: Weights) -> Weights:
+    def spare(self, v: PerWeight) -> PerWeight:
         """How far the group of each weight is inside its ball."""
         return (1 - self.sums(np.abs(v) / self.scale))[self.group]
 
@@ -103,7 +103,7 @@ class Corners:
         return Corners(ball, np.where(rest, REST, plus - minus))
 
     @staticmethod
-    def steepest(ball: Polyhedral, h: Weights) -> "Corners":
+    def steepest(ball: Polyhedral, h: PerWeight) -> "Corners":
         """The first of the steepest corners of each group."""
         leaders = np.lexsort((-ball.scale * np.abs(h), ball.group))[ball.starts]
         code = np.zeros(len(h), dtype=np.int64)
@@ -125,7 +125,7 @@ class Corners:
         return self.ball.sums(self.moving.astype(np.int64))[self.ball.group]
 
     @cached_property
-    def centre(self) -> Weights:
+    def centre(self) -> PerWeight:
         share = self.code * self.ball.scale / np.maximum(self.sharing, 1)
         return np.where(self.moving, share, 0.0)
 
@@ -152,11 +152,11 @@ class Corners:
         blocks = block_diag(np.eye(rest), *map(_without_sum, shared))
         return (sign * self.ball.scale[self.free])[:, None] * blocks
 
-    def restrict(self, a: Weights) -> Float[Array, " k"]:
+    def restrict(self, a: PerWeight) -> Float[Array, " k"]:
         """Eᵀ a: derivatives along the weights become derivatives along y."""
         return a[self.free] @ self.basis
 
-    def expand(self, y: Float[Array, " k"]) -> Weights:
+    def expand(self, y: Float[Array, " k"]) -> PerWeight:
         """E y."""
         v = np.zeros(len(self.code))
         v[self.free] = self.basis @ y
@@ -169,21 +169,21 @@ class Corners:
 
     # --- where the face ends ----------------------------------------------------------------------
 
-    def missing(self, slope: Weights) -> Signed:
+    def missing(self, slope: PerWeight) -> PerCorner:
         """By how much each corner misses the slope of those in use; infinite for these."""
         slope = self.ball.scale * slope
         top = self.ball.sums(np.where(self.moving, self.code * slope, 0.0))[self.ball.group]
         top = top / np.maximum(self.sharing, 1)
         return np.where(self.used, np.inf, np.stack([top - slope, top + slope]))
 
-    def shares(self, u: Weights) -> Weights:
+    def shares(self, u: PerWeight) -> PerWeight:
         """The share of each corner that is one of several, or at rest how far the group is inside
         its ball."""
         several = self.moving & (self.sharing > 1)
         share = np.where(several, self.code * u / self.ball.scale, np.inf)
         return np.where(self.code == REST, self.ball.spare(u), share)
 
-    def mixture(self, u: Weights) -> Signed:
+    def mixture(self, u: PerWeight) -> PerCorner:
         """Shares of the corners that make u; a group inside its ball has two opposite ones."""
         share = u / self.ball.scale
         opposite = np.zeros(len(u))
@@ -192,7 +192,7 @@ class Corners:
         opposite[self.code != REST] = 0
         return np.where(self.used, np.maximum(np.stack([share, -share]), 0) + opposite, 0.0)
 
-    def trimmed(self, u: Weights, noise: float) -> "Corners":
+    def trimmed(self, u: PerWeight, noise: float) -> "Corners":
         """The face without corners whose shares in u are negative, and with groups that u takes out
         of their ball in motion."""
         beyond = self.shares(u) < -noise

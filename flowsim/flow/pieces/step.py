@@ -182,8 +182,7 @@ def _end(here: OnPiece, level: _Level, ds: float) -> tuple[OnPiece | None, float
     """Where a step ends, after what length, and whether the piece ends there: at the first zero of
     the clearance over its level, by inverse interpolation through the points that have been
     visited. No point where Newton's method fails."""
-    view, face = here.at.view, here.face
-    end = newton(view, face, here.at.w + ds * here.u, here.inverse)
+    end = newton(here, here.at.w + ds * here.u)
     if end is None or (end.clearance >= level).all():
         return end, ds, False
     (low, a), (high, b) = (0.0, here), (ds, end)
@@ -193,7 +192,7 @@ def _end(here: OnPiece, level: _Level, ds: float) -> tuple[OnPiece | None, float
         if not low < s < high:
             break
         w = PieceStep(a, b, high - low).at((s - low) / (high - low))
-        point = newton(view, face, w, b.inverse)
+        point = newton(b, w)
         if point is None:
             return None, s, False
         over = point.clearance - level
