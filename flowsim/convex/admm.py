@@ -6,7 +6,7 @@ with the set known by its projection and r by its proximal map. Slow, but it ask
 and so serves every norm's faces."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -24,20 +24,17 @@ class Form:
     def gradient(self, u: Tensor) -> Tensor:
         return (self.C @ u) @ self.C + self.ridge * u - self.b
 
-    def solver(self, n: Tensor, rho: float) -> Callable[[Tensor], Tensor]:
+    def solver(self, n: Float[Tensor, "K P"], rho: float) -> Callable[[Tensor], Tensor]:
         """r ↦ (∇²q + ρ(1 + nᵀn))⁻¹ r, by the smaller of both Gram matrices (Woodbury)."""
         A, shift = torch.cat([self.C, rho**0.5 * n]), self.ridge + rho
-        small = len(A) < A.shape[1]
-        gram = A @ A.mT if small else A.mT @ A
-        root = torch.linalg.cholesky(
-            gram + shift * torch.eye(len(gram), dtype=A.dtype, device=A.device)
-        )
-        if small:
-            return lambda r: (r - A.mT @ torch.cholesky_solve((A @ r)[:, None], root)[:, 0]) / shift
-        return lambda r: torch.cholesky_solve(r[:, None], root)[:, 0]
+        wide = len(A) < A.shape[1]
+        gram = A @ A.mT if wide else A.mT @ A
+        root = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(A))
 
+        def solve(r: Tensor) -> Tensor:
+            return torch.cholesky_solve(r[:, None], root)[:, 0]
 
-_REVISIONS = {100 * 2**k for k in range(20)}  # steps after which the penalty is revised
+        return (lambda r: (r - A.mT @ solve(A @ r)) / shift) if wide else solve
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,26 @@ class Split:
 
     at: Float[Tensor, " P"]
     force: Float[Tensor, " K"]
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    """Copies of u in the set and of nu, ``x`` and ``z``, and their multipliers over ρ, ``y`` and
+    ``f``."""
+
+    x: Float[Tensor, " P"]
+    z: Float[Tensor, " K"]
+    y: Float[Tensor, " P"]
+    f: Float[Tensor, " K"]
+
+    def relaxed(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Beyond u and v, shifted by the multipliers."""
+        over_x, over_z = (1 - _RELAX) * self.x, (1 - _RELAX) * self.z
+        return _RELAX * u + over_x + self.y, _RELAX * v + over_z + self.f
+
+
+_RELAX = 1.6
+_REVISIONS = {100 * 2**k for k in range(20)}  # steps after which the penalty is revised
 
 
 def split(
@@ -63,30 +80,28 @@ def split(
 
     Over-relaxed, with a penalty ρ that balances both residuals (Boyd et al. 2011; Stellato et al.
     2020). ``project`` goes to the set and ``prox(v, ρ)`` minimises r(z) + ½ρ‖z − v‖²."""
-    relax = 1.6
     rho = _largest(q.gradient(start)) / _largest(start) if bool(start.any()) else 1.0
     rho = rho if rho > 1e-100 else 1.0
     solve = q.solver(n, rho)
-    x, z = start, n @ start
-    y, f = torch.zeros_like(x), torch.zeros_like(z)
+    along = n @ start
+    at = _Iterate(start, along, torch.zeros_like(start), torch.zeros_like(along))
     for step in range(1, max_steps + 1):
-        u = solve(q.b + rho * (x - y + (z - f) @ n))
-        v = n @ u
-        to_x, to_z = relax * u + (1 - relax) * x + y, relax * v + (1 - relax) * z + f
-        last_x, last_z = x, z
+        u = solve(q.b + rho * (at.x - at.y + (at.z - at.f) @ n))
+        v, last = n @ u, at
+        to_x, to_z = at.relaxed(u, v)
         x, z = project(to_x), prox(to_z, rho)
-        y, f = to_x - x, to_z - z
+        at = _Iterate(x, z, to_x - x, to_z - z)
         if step % 25:
             continue
         primal = _largest(u - x, v - z) / _largest(u, v)
-        dual = _largest(x - last_x + (z - last_z) @ n) / _largest(y, q.b / rho)
+        dual = _largest(x - last.x + (z - last.z) @ n) / _largest(at.y, q.b / rho)
         if max(primal, dual) <= tol:
             break
         change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)
         if step in _REVISIONS and not 0.2 < change < 5:
-            rho, y, f = rho * change, y / change, f / change
+            rho, at = rho * change, replace(at, y=at.y / change, f=at.f / change)
             solve = q.solver(n, rho)
-    return Split(x, rho * f)
+    return Split(at.x, rho * at.f)
 
 
 def _largest(*vectors: Tensor) -> float:

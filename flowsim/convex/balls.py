@@ -16,8 +16,9 @@ All tensors are ``(P,)``; the largest of several blocks has one ball for each (`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Self
 
 import torch
@@ -33,12 +34,10 @@ from flowsim.norms.vector import L1, L2, Linf, Lp
 
 @dataclass(frozen=True)
 class BallDirection:
-    """A Newton direction of the point, and of its slacks and forces; ``parts`` are those of the
-    balls of a product."""
+    """A Newton direction of the point, and of its slacks and forces."""
 
     v: Float[Tensor, " P"]
     pairs: Pairs
-    parts: "tuple[BallDirection, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ class BallIterate(ABC):
     pairs: Pairs
 
     @abstractmethod
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
-        """The Newton equations at g towards products of μ, corrected to second order after
-        ``before``."""
+    def newton(self, g: Float[Tensor, " P"], targets: tuple[Tensor, ...]) -> BallNewton:
+        """The Newton equations at g towards these products of slacks and forces."""
 
     def after(self, d: BallDirection, primal: float, dual: float) -> Self:
         """The ball after these fractions of a direction."""
@@ -85,9 +83,9 @@ class LinfBall(BallIterate):
         total = torch.hypot(g, torch.full_like(g, mu / radius)) + mu / radius
         return LinfBall.at(torch.zeros_like(g), ((total + g) / 2, (total - g) / 2), radius)
 
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
+    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
         (high, low), (above, below) = self.pairs.slacks, self.pairs.forces
-        up, down = self.pairs.targets(mu, None if before is None else before.pairs)
+        up, down = targets
 
         def direction(dv: Tensor, dg: Tensor) -> BallDirection:
             rise = (up + above * dv) / high - above
@@ -119,8 +117,7 @@ class L1Ball(BallIterate):
         above, below = (top - g).clamp_min(floor), (top + g).clamp_min(floor)
         return L1Ball.at(Pairs((part, part, spare), (above, below, top)))
 
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
-        targets = self.pairs.targets(mu, None if before is None else before.pairs)
+    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
         budget = _Budget.of(self.pairs, g, targets)
         moved = budget.forth - budget.back + budget.tilt * budget.short / budget.spread
         lean = budget.tilt / budget.total
@@ -202,15 +199,15 @@ class L2Ball(BallIterate):
     norm: Norm
     radius: float
 
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
+    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
         curve = _rounded(self.norm, g)
-        bend, twist = self.radius * curve.bend, self.radius * curve.twist
+        diagonal, twist = self.radius * curve.diagonal, self.radius * curve.twist
         missing = self.radius * curve.slope - self.v
-        lean = curve.along / bend
-        # the inverse of diag(bend) + twist·along alongᵀ
+        lean = curve.along / diagonal
+        # the inverse of diag(diagonal) + twist·along alongᵀ
         weight = -twist / (1 + twist * (curve.along @ lean)).clamp_min(1e-14)
-        pull = missing / bend + weight * lean * (lean @ missing)
-        return BallNewton(1 / bend, pull, lean[None], weight[None], _of_point)
+        pull = missing / diagonal + weight * lean * (lean @ missing)
+        return BallNewton(1 / diagonal, pull, lean[None], weight[None], _of_point)
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ class LpBall(BallIterate):
     p: float
     radius: float
 
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
+    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
         p, q = self.p, self.p / (self.p - 1)
         length, force = torch.linalg.vector_norm(self.v, p), torch.linalg.vector_norm(g, q)
         unit = self.v / length
@@ -247,16 +244,13 @@ class ProductBall(BallIterate):
         pairs = _joined([ball.pairs for ball in balls])
         return ProductBall(torch.cat([ball.v for ball in balls]), pairs, balls)
 
-    def newton(self, g: Tensor, mu: float, before: BallDirection | None = None) -> BallNewton:
-        lengths = [len(ball.v) for ball in self.balls]
-        given = [None] * len(lengths) if before is None else before.parts
-        blocks = zip(self.balls, g.split(lengths), given, strict=True)
-        parts = [ball.newton(x, mu, d) for ball, x, d in blocks]
+    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+        blocks = zip(self.balls, self._split(g), self._kinds(targets), strict=True)
+        parts = [ball.newton(x, products) for ball, x, products in blocks]
 
         def direction(dv: Tensor, dg: Tensor) -> BallDirection:
-            steps = zip(parts, dv.split(lengths), dg.split(lengths), strict=True)
-            moved = [part.direction(x, y) for part, x, y in steps]
-            return BallDirection(dv, _joined([d.pairs for d in moved]), tuple(moved))
+            steps = zip(parts, self._split(dv), self._split(dg), strict=True)
+            return BallDirection(dv, _joined([part.direction(x, y).pairs for part, x, y in steps]))
 
         return BallNewton(
             torch.cat([part.stiff for part in parts]),
@@ -267,8 +261,18 @@ class ProductBall(BallIterate):
         )
 
     def after(self, d: BallDirection, primal: float, dual: float) -> "ProductBall":
-        moves = zip(self.balls, d.parts, strict=True)
+        pairs = map(Pairs, self._kinds(d.pairs.slacks), self._kinds(d.pairs.forces))
+        parts = map(BallDirection, self._split(d.v), pairs)
+        moves = zip(self.balls, parts, strict=True)
         return ProductBall.of(tuple(ball.after(part, primal, dual) for ball, part in moves))
+
+    def _split(self, v: Tensor) -> Sequence[Tensor]:
+        return v.split([len(ball.v) for ball in self.balls])
+
+    def _kinds(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """One tensor of every inequality as those of each ball."""
+        rest = iter(tensors)
+        return [tuple(islice(rest, len(ball.pairs.slacks))) for ball in self.balls]
 
 
 def supports_ball(norm: Norm) -> bool:

@@ -9,10 +9,13 @@ free: λ is a force that holds each kink's coordinate at zero, as far as its str
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+PerKink: TypeAlias = Float[Tensor, "B G c"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,17 @@ class LowRank:
 class Solution:
     """``force (B, G, c)``; ``free`` where it is strictly inside its bounds; ``solved (B,)``."""
 
-    force: Float[Tensor, "B G c"]
+    force: PerKink
     free: Bool[Tensor, "B G c"]
     solved: Bool[Tensor, " B"]
 
 
 def solve_box(
     blocks: Float[Tensor, "B G c c"],
-    z: Float[Tensor, "B G c"],
-    upper: Float[Tensor, "B G c"],
+    z: PerKink,
+    upper: PerKink,
     low_rank: LowRank | None = None,
-    start: Float[Tensor, "B G c"] | None = None,
+    start: PerKink | None = None,
     *,
     max_sweeps: int = 40,
 ) -> Solution:
@@ -50,39 +53,50 @@ def solve_box(
     repeat instead of settling, only one wrong unknown is moved at a time (Murty 1974), which ends
     after finitely many sweeps. Linear dependence inside a block is removed by a ridge of 10⁻¹² of
     its diagonal."""
-    system, scale = ridged(blocks, low_rank)
+    system, diagonal = ridged(blocks, low_rank)
     force = torch.zeros_like(z) if start is None else start.clamp_min(0).minimum(upper)
     residual = z - system.times(force)
-    free = torch.zeros_like(upper, dtype=torch.bool)
-    high, settled = free, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    nothing = torch.zeros_like(upper, dtype=torch.bool)
+    sets, solved = _Sets(nothing, nothing), torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for sweep in range(max_sweeps):
-        trial = force + residual / scale
-        now_free = (trial > 0) & (trial < upper)
-        now_high = (trial >= upper) & (upper > 0)
-        changed = (now_free != free) | (now_high != high)
+        guess = _Sets.of(force + residual / diagonal, upper)
+        changed = (guess.free != sets.free) | (guess.high != sets.high)
         if sweep > 0:
-            settled = ~changed.flatten(1).any(-1)
-            if bool(settled.all()):
+            solved = ~changed.flatten(1).any(-1)
+            if bool(solved.all()):
                 break
         if sweep > max_sweeps // 2:
-            single = changed & (changed.flatten(1).cumsum(-1).view_as(changed) == 1)
-            now_free, now_high = (
-                torch.where(single, now_free, free),
-                torch.where(single, now_high, high),
-            )
-        free, high = now_free, now_high
-        fixed = torch.where(high, upper, 0.0)
-        force = torch.where(free, system.solve(free, z - system.times(fixed)), fixed)
-        residual = torch.where(free, 0.0, z - system.times(force))
-    return Solution(force.clamp_min(0).minimum(upper), free, settled)
+            first = changed & (changed.flatten(1).cumsum(-1).view_as(changed) == 1)
+            guess = sets.where(first, guess)
+        sets = guess
+        fixed = torch.where(sets.high, upper, 0.0)
+        force = torch.where(sets.free, system.solve(sets.free, z - system.times(fixed)), fixed)
+        residual = torch.where(sets.free, 0.0, z - system.times(force))
+    return Solution(force.clamp_min(0).minimum(upper), sets.free, solved)
 
 
-def ridged(blocks: Tensor, low_rank: LowRank | None) -> tuple["System", Float[Tensor, "B G c"]]:
+@dataclass(frozen=True)
+class _Sets:
+    """Which unknowns are ``free`` and which are at their upper bound."""
+
+    free: Bool[Tensor, "B G c"]
+    high: Bool[Tensor, "B G c"]
+
+    @staticmethod
+    def of(trial: PerKink, upper: PerKink) -> "_Sets":
+        return _Sets((trial > 0) & (trial < upper), (trial >= upper) & (upper > 0))
+
+    def where(self, moved: Bool[Tensor, "B G c"], others: "_Sets") -> "_Sets":
+        free = torch.where(moved, others.free, self.free)
+        return _Sets(free, torch.where(moved, others.high, self.high))
+
+
+def ridged(blocks: Float[Tensor, "B G c c"], low_rank: LowRank | None) -> tuple["System", PerKink]:
     """The system with dependent unknowns made independent, and the diagonal of its blocks, 1 where
     that is zero."""
-    scale = torch.diagonal(blocks, dim1=-2, dim2=-1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return System(blocks + torch.diag_embed(1e-12 * scale), low_rank), scale
+    diagonal = torch.diagonal(blocks, dim1=-2, dim2=-1)
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+    return System(blocks + torch.diag_embed(1e-12 * diagonal), low_rank), diagonal
 
 
 @dataclass(frozen=True)
@@ -92,24 +106,21 @@ class System:
     blocks: Float[Tensor, "B G c c"]
     low_rank: LowRank | None
 
-    def times(self, force: Float[Tensor, "B G c"]) -> Float[Tensor, "B G c"]:
+    def times(self, force: PerKink) -> PerKink:
         """Qλ."""
         out = (self.blocks @ force[..., None])[..., 0]
         if self.low_rank is None:
             return out
-        E = self.low_rank.factor.flatten(1, 2)
-        return out - (E @ (self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])))[
-            ..., 0
-        ].view_as(out)
+        E = self.low_rank.factor.flatten(1, 2)  # (B, Gc, R)
+        seen = self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])
+        return out - (E @ seen).view_as(out)
 
-    def solve(
-        self, free: Bool[Tensor, "B G c"], rhs: Float[Tensor, "B G c"]
-    ) -> Float[Tensor, "B G c"]:
+    def solve(self, free: Bool[Tensor, "B G c"], rhs: PerKink) -> PerKink:
         """The λ that is zero off ``free`` and has Qλ = rhs on it."""
         return self.factored(free)(rhs)
 
-    def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[Tensor], Tensor]:
-        """`solve_box` for several right-hand sides."""
+    def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[PerKink], PerKink]:
+        """`solve` for several right-hand sides."""
         pair = free[..., :, None] & free[..., None, :]
         blocks = torch.where(pair, self.blocks, 0.0) + torch.diag_embed((~free).to(self.blocks))
         root = torch.linalg.cholesky_ex(blocks)[0]
@@ -122,12 +133,11 @@ class System:
         E = torch.where(free[..., None], self.low_rank.factor, 0.0)
         KE = torch.cholesky_solve(E, root).flatten(1, 2)
         E = E.flatten(1, 2)
-        inner = self.low_rank.inverse - E.mT @ KE
+        inner = self.low_rank.inverse - E.mT @ KE  # Woodbury
 
         def corrected(rhs: Tensor) -> Tensor:
             first = plain(rhs)
-            return first + (KE @ torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None]))[
-                ..., 0
-            ].view_as(first)
+            seen = torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None])
+            return first + (KE @ seen).view_as(first)
 
         return corrected

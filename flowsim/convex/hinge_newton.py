@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowsim.convex.balls import BallDirection, BallIterate, BallNewton
 from flowsim.convex.pairs import Pairs
-from flowsim.convex.programme import Programme
+from flowsim.convex.programme import Flat, PerHinge, PerNeuron, PerRow, Programme
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HingedDirection:
 
     ball: BallDirection
     hinges: Pairs
-    p: Float[Tensor, " R"]
+    p: PerRow
     level: float
 
 
@@ -40,7 +40,7 @@ class HingedIterate:
     ball: BallIterate
     live: Bool[Tensor, "m N"]
     hinges: Pairs
-    p: Float[Tensor, " R"]
+    p: PerRow
     level: float
 
     def products(self) -> tuple[float, int]:
@@ -49,6 +49,15 @@ class HingedIterate:
         total, count = self.ball.pairs.products()
         kinks = torch.where(self.live, up * above + down * s, 0.0).sum()
         return total + float(kinks), count + 2 * int(self.live.sum())
+
+    def targets(
+        self, mu: float, before: HingedDirection | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What products of the ball and of the hinges are to become: see `Pairs.targets`."""
+        if before is None:
+            return self.ball.pairs.targets(mu), self.hinges.targets(mu)
+        ball = self.ball.pairs.targets(mu, before.ball.pairs)
+        return ball, self.hinges.targets(mu, before.hinges)
 
     def to_boundary(self, d: HingedDirection) -> tuple[float, float]:
         """How far primal and dual variables may go; hinges that are not live do not move."""
@@ -80,29 +89,29 @@ class _Springs:
 
     live: Bool[Tensor, "m N"]
     hinges: Pairs
-    a: Float[Tensor, "m N"]
-    b: Float[Tensor, "m N"]
-    excess: Float[Tensor, "m N"]
-    largest: Float[Tensor, "m N"]
+    a: PerHinge
+    b: PerHinge
+    excess: PerHinge
+    largest: PerHinge
 
     @staticmethod
-    def of(programme: Programme, at: HingedIterate, v: Float[Tensor, "m D"]) -> "_Springs":
+    def of(programme: Programme, at: HingedIterate, v: PerNeuron) -> "_Springs":
         live, (above, s), (up, down) = programme.live, at.hinges.slacks, at.hinges.forces
         excess = torch.where(live, s - programme.z - programme.along(v) - above, 0.0)
         a, b = torch.where(live, up / above, 0.0), torch.where(live, down / s, 1.0)
         return _Springs(live, at.hinges, a, b, excess, programme.largest_force(at.p))
 
     @property
-    def slope(self) -> Float[Tensor, "m N"]:
+    def slope(self) -> PerHinge:
         return self.a / (self.a + self.b)
 
     @property
-    def stiffness(self) -> Float[Tensor, "m N"]:
+    def stiffness(self) -> PerHinge:
         return self.a * self.b / (self.a + self.b)
 
-    def released(self, mu: float, before: Pairs | None) -> "_Release":
-        targets = zip(self.hinges.targets(mu, before), self.hinges.slacks, strict=True)
-        up, down = (torch.where(self.live, target / slack, 0.0) for target, slack in targets)
+    def released(self, targets: tuple[Tensor, ...]) -> "_Release":
+        aims = zip(targets, self.hinges.slacks, strict=True)
+        up, down = (torch.where(self.live, product / slack, 0.0) for product, slack in aims)
         over = up + down - self.largest
         force = up - self.hinges.forces[0] - self.stiffness * self.excess - self.slope * over
         lift = over / (self.a + self.b) - self.slope * self.excess
@@ -116,11 +125,11 @@ class _Release:
     ``lift``, and the force of s ≥ 0 by ``down`` where s stays too."""
 
     springs: _Springs
-    down: Float[Tensor, "m N"]
-    force: Float[Tensor, "m N"]
-    lift: Float[Tensor, "m N"]
+    down: PerHinge
+    force: PerHinge
+    lift: PerHinge
 
-    def direction(self, rise: Float[Tensor, "m N"], largest: Float[Tensor, "m N"]) -> Pairs:
+    def direction(self, rise: PerHinge, largest: PerHinge) -> Pairs:
         """The direction with the changes ``rise`` of Ev and ``largest`` of Kᵀp."""
         springs = self.springs
         force = self.force + springs.stiffness * rise + springs.slope * largest
@@ -140,7 +149,7 @@ class _Metric:
     rank of the ball. The root of (1 + LLᵀ)⁻¹ is 1 − low diag(shrink) lowᵀ."""
 
     root: Float[Tensor, "m D D"]
-    scale: Float[Tensor, "m D"]
+    scale: PerNeuron
     low: Float[Tensor, "mD k"]
     shrink: Float[Tensor, " k"]
 
@@ -166,7 +175,7 @@ class _Metric:
             torch.linalg.solve_triangular(self.root, scaled, upper=False).flatten(0, 1)
         )
 
-    def unwhiten(self, y: Float[Tensor, "mD 1"]) -> Float[Tensor, "m D"]:
+    def unwhiten(self, y: Float[Tensor, "mD 1"]) -> PerNeuron:
         """The transpose of `whiten`."""
         blocks = self._thinned(y).view(*self.scale.shape, 1)
         return self.scale * torch.linalg.solve_triangular(self.root.mT, blocks, upper=True)[..., 0]
@@ -190,13 +199,13 @@ class HingedNewton:
 
     programme: Programme
     at: HingedIterate
-    g: Float[Tensor, " P"]
+    g: Flat
     springs: _Springs
     metric: _Metric
     white: Float[Tensor, "mD R"]
     root: Float[Tensor, "R R"]
-    scale: Float[Tensor, " R"]
-    entropy: Float[Tensor, " R"]
+    scale: PerRow
+    entropy: PerRow
 
     @staticmethod
     def of(programme: Programme, at: HingedIterate, gap: float, mu: float) -> "HingedNewton":
@@ -204,7 +213,7 @@ class HingedNewton:
         v, temperature = programme.blocked(at.ball.v), max(programme.temperature, 0.1 * gap)
         springs = _Springs.of(programme, at, v)
         g = programme.flat(programme.gradient(at.p, at.hinges.forces[0], v))
-        metric = _Metric.of(programme, springs, at.ball.newton(g, mu))
+        metric = _Metric.of(programme, springs, at.ball.newton(g, at.targets(mu, None)[0]))
         white = metric.whiten(_rows_with_hinges(programme, springs))
         schur = white.mT @ white + _row_stiffness(programme, springs)
         schur = schur + torch.diag(temperature / at.p)
@@ -217,26 +226,26 @@ class HingedNewton:
     def direction(self, mu: float, before: HingedDirection | None = None) -> HingedDirection:
         """The direction towards products of μ, corrected to second order after ``before``."""
         programme = self.programme
-        release = self.springs.released(mu, None if before is None else before.hinges)
-        ball = self.at.ball.newton(self.g, mu, None if before is None else before.ball)
+        ball_targets, hinge_targets = self.at.targets(mu, before)
+        release = self.springs.released(hinge_targets)
+        ball = self.at.ball.newton(self.g, ball_targets)
         pull = programme.blocked(ball.pull) - programme.forces_on_weights(release.force)
         pull = self.metric.whiten(pull[..., None])  # (mD, 1)
-        missed = programme.hinge_loss(release.lift) - self.entropy
-        dp, level = self._on_simplex(missed - (self.white.mT @ pull)[:, 0])
+        lifted = programme.hinge_loss(release.lift)
+        dp, level = self._on_simplex(lifted - self.entropy - (self.white.mT @ pull)[:, 0])
         dv = self.metric.unwhiten(pull + (self.white @ dp)[:, None])
         hinges = release.direction(programme.along(dv), programme.largest_force(dp))
         dg = programme.columns(dp) - programme.forces_on_weights(hinges.forces[0])
-        dg = dg - programme.curbed(dv)
-        moved = ball.direction(programme.flat(dv), programme.flat(dg))
-        return HingedDirection(moved, hinges, dp, level)
+        dg = programme.flat(dg - programme.curbed(dv))
+        return HingedDirection(ball.direction(programme.flat(dv), dg), hinges, dp, level)
 
-    def _on_simplex(self, missed: Float[Tensor, " R"]) -> tuple[Float[Tensor, " R"], float]:
+    def _on_simplex(self, missed: PerRow) -> tuple[PerRow, float]:
         """dp with schur·dp − level = missed and Σ dp = 1 − Σp; and the level."""
         free, shift = self._solve(missed), self._solve(torch.ones_like(missed))
         level = (1 - self.at.p.sum() - free.sum()) / shift.sum()
         return free + level * shift, float(level)
 
-    def _solve(self, b: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    def _solve(self, b: PerRow) -> PerRow:
         return self.scale * torch.cholesky_solve((self.scale * b)[:, None], self.root)[:, 0]
 
 

@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from flowsim.convex.balls import ball_of
 from flowsim.convex.hinge_newton import HingedDirection, HingedIterate, HingedNewton
+from flowsim.convex.outer import SoftMaximum
 from flowsim.convex.pairs import Pairs
-from flowsim.convex.programme import Programme
+from flowsim.convex.programme import PerHinge, PerNeuron, PerRow, Programme
 from flowsim.norms.norm import Norm
 
 
@@ -22,9 +21,9 @@ class Optimum:
     """The best point, with the weights p and forces f that prove it to the duality ``gap``; Newton
     steps taken, and an iterate from which a similar programme may be continued."""
 
-    v: Float[Tensor, "m D"]
-    p: Float[Tensor, " R"]
-    f: Float[Tensor, "m N"]
+    v: PerNeuron
+    p: PerRow
+    f: PerHinge
     gap: float
     newton: int
     iterate: HingedIterate
@@ -72,10 +71,10 @@ def _begun(programme: Programme, norm: Norm) -> HingedIterate:
     return HingedIterate(ball, live, Pairs((above, s), (force, force)), p, float(level))
 
 
-def _first_weights(programme: Programme) -> Float[Tensor, " R"]:
+def _first_weights(programme: Programme) -> PerRow:
     s = torch.where(programme.live, programme.z.clamp_min(0), 0.0)
     q = programme.offset - programme.hinge_loss(s)
-    return 0.9 * torch.softmax(-q / max(programme.temperature, 0.3), 0) + 0.1 / len(q)
+    return SoftMaximum(programme.temperature).begin(q)
 
 
 def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
@@ -98,8 +97,7 @@ def _feasible(programme: Programme, norm: Norm, at: HingedIterate) -> Optimum:
     f = torch.where(programme.live, torch.minimum(at.hinges.forces[0], largest), 0.0)
     reach = torch.where(programme.live, programme.z, 0.0) + programme.along(blocks)
     s = reach.clamp_min(0)
-    soft = torch.log_softmax(-programme.margins(blocks, s) / programme.temperature, 0)
-    surprise = programme.temperature * (p * (torch.log(p) - soft) - p + torch.exp(soft)).sum()
+    surprise = SoftMaximum(programme.temperature).gap(p, programme.margins(blocks, s))
     g = programme.flat(programme.gradient(p, f, blocks))
     gap = surprise + (largest * s - f * reach).sum() + norm.dual(g) - g @ v
     return Optimum(blocks, p, f, float(gap), 0, at)
@@ -130,7 +128,7 @@ def _centring(at: HingedIterate, affine: HingedDirection) -> float:
     return max(centring, 0.3) if min(primal, dual) < 0.1 else centring
 
 
-def _steady(p: Float[Tensor, " R"], dp: Float[Tensor, " R"]) -> float:
+def _steady(p: PerRow, dp: PerRow) -> float:
     """How far the weights may go: none that counts to zero, none to more than six times its
     size."""
     falls = torch.where((p > 1e-2) & (dp < 0), -0.95 * p / dp.clamp_max(-1e-300), math.inf)

@@ -22,7 +22,7 @@ class Pairs:
         total = sum(f.flatten() @ s.flatten() for s, f in pairs)
         return float(total), sum(f.numel() for f in self.forces)
 
-    def targets(self, mu: float, before: "Pairs | None") -> tuple[Tensor, ...]:
+    def targets(self, mu: float, before: "Pairs | None" = None) -> tuple[Tensor, ...]:
         """The products that a step is to reach: μ, corrected to second order after ``before``
         (Mehrotra)."""
         if before is None:

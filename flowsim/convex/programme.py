@@ -15,10 +15,16 @@ rows: nothing P × P is formed."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Flat: TypeAlias = Float[Tensor, " P"]
+PerNeuron: TypeAlias = Float[Tensor, "m D"]
+PerHinge: TypeAlias = Float[Tensor, "m N"]
+PerRow: TypeAlias = Float[Tensor, " R"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,11 @@ class Programme:
     ends: Float[Tensor, "m C R"]
     kinks: Float[Tensor, "m R"]
     live: Bool[Tensor, "m N"]
-    z: Float[Tensor, "m N"]
-    offset: Float[Tensor, " R"]
+    z: PerHinge
+    offset: PerRow
     temperature: float
     curb: Float[Tensor, "m D D"]
-    centre: Float[Tensor, "m D"]
+    centre: PerNeuron
 
     @property
     def inputs(self) -> int:
@@ -57,49 +63,49 @@ class Programme:
         """1 for rows of the same example."""
         return (self.example_of[:, None] == self.example_of).to(self.x)
 
-    def rows(self, v: Float[Tensor, "m D"]) -> Float[Tensor, " R"]:
+    def rows(self, v: PerNeuron) -> PerRow:
         """Av."""
         along = (v[:, : self.inputs] @ self.x.mT)[:, self.example_of]
         outer = torch.einsum("jcr,jc->r", self.ends, v[:, self.inputs :])
         return (self.slope * along).sum(0) + outer
 
-    def columns(self, p: Float[Tensor, " R"]) -> Float[Tensor, "m D"]:
+    def columns(self, p: PerRow) -> PerNeuron:
         """Aᵀp."""
         return torch.cat([(self.slope * p) @ self.row_inputs.mT, self.ends @ p], 1)
 
-    def along(self, v: Float[Tensor, "m D"]) -> Float[Tensor, "m N"]:
+    def along(self, v: PerNeuron) -> PerHinge:
         """Ev where hinges are live, 0 elsewhere."""
         return torch.where(self.live, v[:, : self.inputs] @ self.x.mT, 0.0)
 
-    def forces_on_weights(self, f: Float[Tensor, "m N"]) -> Float[Tensor, "m D"]:
+    def forces_on_weights(self, f: PerHinge) -> PerNeuron:
         """Eᵀf."""
         return torch.nn.functional.pad(f @ self.x, (0, self.ends.shape[1]))
 
-    def hinge_loss(self, s: Float[Tensor, "m N"]) -> Float[Tensor, " R"]:
+    def hinge_loss(self, s: PerHinge) -> PerRow:
         """Ks, what the hinges take from the margins."""
         return (self.kinks * s[:, self.example_of]).sum(0)
 
-    def largest_force(self, p: Float[Tensor, " R"]) -> Float[Tensor, "m N"]:
+    def largest_force(self, p: PerRow) -> PerHinge:
         """Kᵀp."""
         return torch.zeros_like(self.z).index_add_(1, self.example_of, self.kinks * p)
 
-    def margins(self, v: Float[Tensor, "m D"], s: Float[Tensor, "m N"]) -> Float[Tensor, " R"]:
+    def margins(self, v: PerNeuron, s: PerHinge) -> PerRow:
         """q = b + Av − Ks."""
         return self.offset + self.rows(v) - self.hinge_loss(s)
 
-    def curbed(self, v: Float[Tensor, "m D"]) -> Float[Tensor, "m D"]:
+    def curbed(self, v: PerNeuron) -> PerNeuron:
         """Cv."""
         return (self.curb @ v[..., None])[..., 0]
 
-    def gradient(self, p: Tensor, f: Tensor, v: Tensor) -> Float[Tensor, "m D"]:
+    def gradient(self, p: Tensor, f: Tensor, v: Tensor) -> PerNeuron:
         """g = Aᵀp − Eᵀf − C(v − c)."""
         return self.columns(p) - self.forces_on_weights(f) - self.curbed(v - self.centre)
 
-    def flat(self, v: Float[Tensor, "m D"]) -> Float[Tensor, " P"]:
+    def flat(self, v: PerNeuron) -> Flat:
         """The weights in the order of a net: all inner ones, then the outer ones."""
         return torch.cat([v[:, : self.inputs].flatten(), v[:, self.inputs :].mT.flatten()])
 
-    def blocked(self, v: Float[Tensor, " P"]) -> Float[Tensor, "m D"]:
+    def blocked(self, v: Flat) -> PerNeuron:
         """`flat`, undone."""
         m, d = len(self.z), self.inputs
         return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)

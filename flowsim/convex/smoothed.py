@@ -15,7 +15,6 @@ Matrix norms are the same functions of singular values, with divided differences
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -39,18 +38,22 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Curve:
-    """A symmetric function of numbers s: value, gradient ``slope``, Hessian diag(bend) +
+    """A symmetric function of numbers s: value, gradient ``slope``, and Hessian diag(diagonal) +
     twist·along alongᵀ."""
 
     value: Tensor
     slope: Tensor
-    bend: Tensor
+    diagonal: Tensor
     twist: Tensor
     along: Tensor
 
+    def hessian(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        twisted = self.twist * (rows @ self.along)
+        return rows * self.diagonal + twisted[:, None] * self.along
+
 
 def supports_smoothing(norm: Norm) -> bool:
-    """Whether `smoothed_dual` knows the norm."""
+    """Whether `smoothed_dual` takes the norm."""
     if isinstance(norm, Max | Sum | Euclidean):
         return all(supports_smoothing(part) for part in norm._norms())
     return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
@@ -59,62 +62,61 @@ def supports_smoothing(norm: Norm) -> bool:
 def smoothed_dual(norm: Norm, g: Float[Tensor, " P"], mu: float) -> Smoothed:
     """N_μ of the dual of ``norm`` (bound to its layout) at g, for μ > 0."""
     if isinstance(norm, Max | Sum | Euclidean):
-        return _blocks(norm, g, mu)
+        return _of_blocks(norm, g, mu)
     if norm.quadratic:
-        return _quadratic(norm, g, mu)
+        return _of_metric(norm, g, mu)
     if isinstance(norm, Spectral | Nuclear | Schatten):
-        return _singular(norm, g, mu)
+        return _of_singular_values(norm, g, mu)
     curve = curved(norm, g, mu)
-
-    def hessian(rows: Tensor) -> Tensor:
-        return rows * curve.bend + curve.twist * (rows @ curve.along)[:, None] * curve.along
-
-    return Smoothed(curve.value, curve.slope, hessian)
-
-
-def _quadratic(norm: Norm, g: Tensor, mu: float) -> Smoothed:
-    """√(gᵀA⁻¹g + μ²); A⁻¹g = ‖g‖_* times the steepest direction is linear in g."""
-
-    def inverse(rows: Tensor) -> Tensor:
-        return norm.dual(rows)[..., None] * norm.steepest(rows)
-
-    value = torch.hypot(norm.dual(g), g.new_tensor(mu))
-    v = inverse(g) / value
-    return Smoothed(value, v, lambda rows: (inverse(rows) - (rows @ v)[:, None] * v) / value)
+    return Smoothed(curve.value, curve.slope, curve.hessian)
 
 
 def curved(norm: Norm, s: Tensor, mu: float) -> Curve:
     """N_μ of a norm of numbers: ℓ1, ℓ2, ℓ∞ or ℓp."""
     if isinstance(norm, L2):
-        length = torch.hypot(torch.linalg.vector_norm(s), s.new_tensor(mu))
-        return Curve(length, s / length, (1 / length).expand_as(s), -1 / length, s / length)
+        return _length(s, mu)
     if isinstance(norm, Linf):
         return _box(s, mu)
     if isinstance(norm, L1):
         return _cross(s, mu)
-    assert isinstance(norm, Lp)
-    return _power(s, mu, norm.q)
+    if isinstance(norm, Lp):
+        return _power(s, mu, norm.q)
+    raise ValueError(f"got the norm {norm.name!r}, expected ℓ1, ℓ2, ℓ∞ or ℓp, try Lp(p)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms of numbers
+# --------------------------------------------------------------------------------------------------
+
+
+def _length(s: Tensor, mu: float) -> Curve:
+    """√(Σ s² + μ²)."""
+    length = torch.hypot(torch.linalg.vector_norm(s), s.new_tensor(mu))
+    slope = s / length
+    return Curve(length, slope, (1 / length).expand_as(s), -1 / length, slope)
 
 
 def _box(s: Tensor, mu: float) -> Curve:
     """Σ R − μ + μ log(2μ/(μ + R)), R = √(s² + μ²)."""
     r = torch.hypot(s, torch.full_like(s, mu))
     value = (r - mu - mu * torch.log((mu + r) / (2 * mu))).sum()
-    return Curve(value, s / (mu + r), mu / (r * (mu + r)), s.new_zeros(()), torch.zeros_like(s))
+    diagonal = mu / (r * (mu + r))
+    return Curve(value, s / (mu + r), diagonal, s.new_zeros(()), torch.zeros_like(s))
 
 
 def _cross(s: Tensor, mu: float) -> Curve:
     """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
-    size = s.abs()
-    top = size.amax()
+    magnitude, sign = s.abs(), torch.sign(s)
+    top = magnitude.amax()
     # in terms of τ − max |s|, which would be lost by rounding in τ
-    excess = _multiplier(torch.cat([top - size, top + size, top[None]]), mu)
-    near, far, tau = excess + (top - size), excess + (top + size), excess + top
+    excess = _multiplier(torch.cat([top - magnitude, top + magnitude, top[None]]), mu)
+    near, far = excess + (top - magnitude), excess + (top + magnitude)
+    tau = excess + top
     value = tau - mu * (torch.log(near) + torch.log(far)).sum() - mu * torch.log(tau)
-    slope = mu * torch.sign(s) * (1 / near - 1 / far)
-    bend = mu * (1 / near**2 + 1 / far**2)
-    along = mu * torch.sign(s) * (1 / far**2 - 1 / near**2)
-    return Curve(value, slope, bend, -1 / (bend.sum() + mu / tau**2), along)
+    slope = mu * sign * (1 / near - 1 / far)
+    diagonal = mu * (1 / near**2 + 1 / far**2)
+    along = mu * sign * (1 / far**2 - 1 / near**2)
+    return Curve(value, slope, diagonal, -1 / (diagonal.sum() + mu / tau**2), along)
 
 
 def _multiplier(gaps: Tensor, mu: float) -> Tensor:
@@ -140,28 +142,44 @@ def _power(s: Tensor, mu: float, q: float) -> Curve:
     value = top * ((y / top) ** q).sum() ** (1 / q)
     weight = (y / value) ** (q - 2) / value
     slope = weight * s
-    bend = weight * (1 + (q - 2) * (s / y) ** 2)
-    return Curve(value, slope, bend, (1 - q) / value, slope)
+    diagonal = weight * (1 + (q - 2) * (s / y) ** 2)
+    return Curve(value, slope, diagonal, (1 - q) / value, slope)
 
 
-def _singular(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
-    assert norm.shape is not None
-    u, s, v = faces.singular(g.view(norm.shape))
+# --------------------------------------------------------------------------------------------------
+# Quadratic norms, and norms of singular values
+# --------------------------------------------------------------------------------------------------
+
+
+def _of_metric(norm: Norm, g: Tensor, mu: float) -> Smoothed:
+    """√(gᵀA⁻¹g + μ²); A⁻¹g = ‖g‖_* times the steepest direction is linear in g."""
+
+    def inverse(rows: Tensor) -> Tensor:
+        return norm.dual(rows)[..., None] * norm.steepest(rows)
+
+    value = torch.hypot(norm.dual(g), g.new_tensor(mu))
+    v = inverse(g) / value
+    return Smoothed(value, v, lambda rows: (inverse(rows) - (rows @ v)[:, None] * v) / value)
+
+
+def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
+    u, s, v = faces.singular(norm._matrix(g))
     curve = curved(norm.inner, s, mu)
 
     def hessian(rows: Tensor) -> Tensor:
         even, odd, edge = _quotients(s, curve, mu)
-        e = rows.unflatten(-1, norm.shape)
+        e = norm._matrix(rows)  # (k, m, n)
         left, right = _from_left(u.mT, e), e @ v
         core = _from_left(u.mT, right)
+        twisted = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
         inner = even * (core + core.mT) / 2 + odd * (core - core.mT) / 2
-        turn = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
-        inner = inner + torch.diag_embed(turn[:, None] * curve.along)
-        if len(u) > len(v):  # of the two complements one is empty
-            return ((_from_left(u, inner) + (right - _from_left(u, core)) * edge) @ v.mT).flatten(
-                -2
-            )
-        return _from_left(u, inner @ v.mT + edge[:, None] * (left - core @ v.mT)).flatten(-2)
+        inner = inner + torch.diag_embed(twisted[:, None] * curve.along)
+        # of the two complements one is empty
+        if len(u) > len(v):
+            beside = (right - _from_left(u, core)) * edge
+            return ((_from_left(u, inner) + beside) @ v.mT).flatten(-2)
+        beside = edge[:, None] * (left - core @ v.mT)
+        return _from_left(u, inner @ v.mT + beside).flatten(-2)
 
     return Smoothed(curve.value, ((u * curve.slope) @ v.mT).flatten(), hessian)
 
@@ -176,152 +194,56 @@ def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor, Tens
 
     Rounding in them costs speed and no accuracy, as the Hessian only steers.
     """
-    f, size = curve.slope, torch.hypot(s, torch.full_like(s, mu))
+    f, rounded = curve.slope, torch.hypot(s, torch.full_like(s, mu))
     gap, total = s[:, None] - s, s[:, None] + s
-    close = gap.abs() < 1e-4 * (size[:, None] + size)
-    even = torch.where(
-        close,
-        (curve.bend[:, None] + curve.bend) / 2,
-        (f[:, None] - f) / torch.where(close, 1.0, gap),
-    )
     tiny = torch.finfo(s.dtype).tiny
-    odd = torch.where(total > tiny, (f[:, None] + f) / total.clamp_min(tiny), curve.bend)
-    return even, odd, torch.where(s > tiny, f / s.clamp_min(tiny), curve.bend)
+    close = gap.abs() < 1e-4 * (rounded[:, None] + rounded)
+    middle = (curve.diagonal[:, None] + curve.diagonal) / 2
+    even = torch.where(close, middle, (f[:, None] - f) / torch.where(close, 1.0, gap))
+    odd = (f[:, None] + f) / total.clamp_min(tiny)
+    odd = torch.where(total > tiny, odd, curve.diagonal)
+    return even, odd, torch.where(s > tiny, f / s.clamp_min(tiny), curve.diagonal)
 
 
-def _blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
+# --------------------------------------------------------------------------------------------------
+# Blocks
+# --------------------------------------------------------------------------------------------------
+
+
+def _of_blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
     """φ(c_l N_l(g_l)) with the function φ that composes the dual norms, made smooth as well."""
     parts = norm._each(g)
     inner = [smoothed_dual(part.norm, part.of(g), mu) for part in parts]
     scale = g.new_tensor([part.scale for part in parts])
-    value, slope, bend = _composed(norm, scale * torch.stack([s.value for s in inner]), mu)
+    value, slope, curvature = _composed(norm, scale * torch.stack([s.value for s in inner]), mu)
     gradients = [c * s.gradient for c, s in zip(scale, inner, strict=True)]
 
     def hessian(rows: Tensor) -> Tensor:
-        along = (
-            torch.stack([part.of(rows) @ v for part, v in zip(parts, gradients, strict=True)], -1)
-            @ bend
-        )
-        return torch.cat(
-            [
-                slope[i] * scale[i] * s.hessian(parts[i].of(rows))
-                + along[:, i, None] * gradients[i]
-                for i, s in enumerate(inner)
-            ],
-            -1,
-        )
+        blocks = [part.of(rows) for part in parts]
+        along = torch.stack([x @ v for x, v in zip(blocks, gradients, strict=True)], -1)
+        shared = (along @ curvature).mT[..., None]  # (L, k, 1)
+        own = [a * s.hessian(x) for a, s, x in zip(slope * scale, inner, blocks, strict=True)]
+        return torch.cat([x + y * v for x, y, v in zip(own, shared, gradients, strict=True)], -1)
 
-    return Smoothed(
-        value, torch.cat([a * v for a, v in zip(slope, gradients, strict=True)]), hessian
-    )
+    gradient = torch.cat([a * v for a, v in zip(slope, gradients, strict=True)])
+    return Smoothed(value, gradient, hessian)
 
 
-def _composed(norm: Norm, x: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and Hessian of the smooth sum, maximum or length of x ``(L,)``; each rises in
-    every x."""
+def _composed(
+    norm: Norm, x: Float[Tensor, " L"], mu: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, " L"], Float[Tensor, "L L"]]:
+    """Value, gradient and Hessian of the smooth sum, maximum or length of x; each rises in every
+    x."""
     if isinstance(norm, Max):
         return x.sum(), torch.ones_like(x), torch.zeros(len(x), len(x)).to(x)
     if isinstance(norm, Euclidean):
-        length = torch.hypot(torch.linalg.vector_norm(x), x.new_tensor(mu))
-        slope = x / length
-        return length, slope, (torch.eye(len(x)).to(x) - torch.outer(slope, slope)) / length
+        curve = _length(x, mu)
+        eye = torch.eye(len(x)).to(x)
+        return curve.value, curve.slope, (eye - torch.outer(curve.slope, curve.slope)) / curve.value
     # min over τ of τ − μ Σ log(τ − x)
     gaps = x.amax() - x
     excess = _multiplier(gaps, mu)
     slope = mu / (excess + gaps)
-    bend = slope**2 / mu
     value = x.amax() + excess - mu * torch.log(excess + gaps).sum()
-    return value, slope, torch.diag(bend) - torch.outer(bend, bend) / bend.sum()
-
-
-# --------------------------------------------------------------------------------------------------
-# Convex functions of few linear forms, minimised over the unit ball
-# --------------------------------------------------------------------------------------------------
-
-
-class Outer(Protocol):
-    """A convex f of z = b + Av, by its conjugate: min f(b + Av) over the ball is max −(⟨p, b⟩ +
-    f*(−p) + ‖Aᵀp‖_*).
-
-    ``mu`` adds a barrier to f*(−p) where its domain has a boundary.
-    """
-
-    @property
-    def simplex(self) -> bool:
-        """Whether Σp = 1."""
-
-    def begin(self, b: Tensor) -> Tensor:
-        """Some p inside the domain."""
-
-    def inside(self, p: Tensor, mu: float) -> Tensor:
-        """p moved off the boundary by about μ."""
-
-    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-        """f*(−p) with its gradient and the diagonal of its Hessian."""
-
-    def gap(self, p: Tensor, z: Tensor) -> Tensor:
-        """f(z) + f*(−p) + ⟨p, z⟩ ≥ 0, free of cancellation."""
-
-    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
-        """Curves that leave p in the direction d, and how far each may be followed."""
-
-
-@dataclass(frozen=True)
-class SoftMaximum:
-    """f(z) = T log Σ e^(−z/T), T > 0. Its dual variables p are the softmax weights; −f* is T times
-    their entropy."""
-
-    temperature: float
-    simplex: ClassVar[bool] = True
-
-    def begin(self, b: Tensor) -> Tensor:
-        return 0.9 * torch.softmax(-b / max(self.temperature, 0.3), 0) + 0.1 / len(b)
-
-    def inside(self, p: Tensor, mu: float) -> Tensor:
-        p = p + 0.1 * min(mu, 1 / len(p))
-        return p / p.sum()
-
-    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-        heat, log = max(self.temperature, mu), torch.log(p)
-        value = heat * (p * log).sum() - 0.5 * mu * log.sum()
-        return value, heat * (1 + log) - 0.5 * mu / p, heat / p + 0.5 * mu / p**2
-
-    def gap(self, p: Tensor, z: Tensor) -> Tensor:
-        log = torch.log_softmax(-z / self.temperature, 0)
-        return self.temperature * (p * (torch.log(p) - log) - p + torch.exp(log)).sum()
-
-    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
-        def straight(a: float) -> Tensor:
-            q = p + a * d
-            return q / q.sum()
-
-        def curved(a: float) -> Tensor:
-            # where p falls, 1/p moves linearly: Newton's method on a barrier then has no boundary
-            # to hit
-            q = torch.where(d < 0, p / (1 - a * d.clamp_max(0) / p), p + a * d)
-            return q / q.sum()
-
-        room = 0.95 / max(float((-d / p).amax()), 0.1)
-        return [(1.0, straight)] if room > 1 else [(room, straight), (1.0, curved)]
-
-
-@dataclass(frozen=True)
-class HalfSquare:
-    """f(z) = ½‖z‖²; p = −z at the solution."""
-
-    simplex: ClassVar[bool] = False
-
-    def begin(self, b: Tensor) -> Tensor:
-        return -b
-
-    def inside(self, p: Tensor, mu: float) -> Tensor:
-        return p
-
-    def dual(self, p: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-        return 0.5 * (p @ p), p, torch.ones_like(p)
-
-    def gap(self, p: Tensor, z: Tensor) -> Tensor:
-        return 0.5 * ((p + z) ** 2).sum()
-
-    def paths(self, p: Tensor, d: Tensor) -> list[tuple[float, Callable[[float], Tensor]]]:
-        return [(1.0, lambda a: p + a * d)]
+    diagonal = slope**2 / mu
+    return value, slope, torch.diag(diagonal) - torch.outer(diagonal, diagonal) / diagonal.sum()

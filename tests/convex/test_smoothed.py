@@ -6,7 +6,8 @@ import torch
 
 import flowsim as fs
 from flowsim.convex.in_ball import minimise_in_ball
-from flowsim.convex.smoothed import HalfSquare, SoftMaximum, smoothed_dual, supports_smoothing
+from flowsim.convex.outer import HalfSquare, SoftMaximum
+from flowsim.convex.smoothed import smoothed_dual, supports_smoothing
 from flowsim.layout import lay_out
 
 LAYOUT = lay_out({"A": (3, 4)})

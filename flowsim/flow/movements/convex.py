@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.convex.in_ball import Minimum, minimise_in_ball
-from flowsim.convex.smoothed import HalfSquare, Outer, SoftMaximum
+from flowsim.convex.outer import HalfSquare, Outer, SoftMaximum
 from flowsim.flow.movements.movement import Guess, Movement, exact, linear_reading, touching
 from flowsim.norms.norm import Norm
 from flowsim.problems.losses import HALF_SQUARE, Residual

@@ -1,0 +1,110 @@
+r"""Convex functions f of few numbers by their conjugates, as `in_ball` minimises them over a ball:
+
+min f(b + Av) over ‖v‖ ≤ 1  =  max −(⟨p, b⟩ + f*(−p) + ‖Aᵀp‖_*) over p."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Path: TypeAlias = tuple[float, Callable[[float], Tensor]]
+"""How far a curve from p may be followed, and the curve."""
+
+
+@dataclass(frozen=True)
+class Conjugate:
+    """f*(−p), its gradient ``slope`` and the ``diagonal`` of its Hessian."""
+
+    value: Float[Tensor, ""]
+    slope: Float[Tensor, " n"]
+    diagonal: Float[Tensor, " n"]
+
+
+class Outer(Protocol):
+    """A convex f, by its conjugate. ``mu`` adds a barrier to f*(−p) where its domain has a
+    boundary."""
+
+    @property
+    def simplex(self) -> bool:
+        """Whether Σp = 1."""
+
+    def begin(self, b: Tensor) -> Tensor:
+        """Some p inside the domain."""
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        """p moved off the boundary by about μ."""
+
+    def dual(self, p: Tensor, mu: float) -> Conjugate:
+        """f*(−p)."""
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        """f(z) + f*(−p) + ⟨p, z⟩ ≥ 0, free of cancellation."""
+
+    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+        """Curves that leave p in the direction d, and how far each may be followed."""
+
+
+@dataclass(frozen=True)
+class SoftMaximum:
+    """f(z) = T log Σ e^(−z/T), T > 0. Its dual variables p are the softmax weights; −f* is T times
+    their entropy."""
+
+    temperature: float
+    simplex: ClassVar[bool] = True
+
+    def begin(self, b: Tensor) -> Tensor:
+        """Between softmax and equal weights."""
+        return 0.9 * torch.softmax(-b / max(self.temperature, 0.3), 0) + 0.1 / len(b)
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        p = p + 0.1 * min(mu, 1 / len(p))
+        return p / p.sum()
+
+    def dual(self, p: Tensor, mu: float) -> Conjugate:
+        heat, log = max(self.temperature, mu), torch.log(p)
+        value = heat * (p * log).sum() - 0.5 * mu * log.sum()
+        slope = heat * (1 + log) - 0.5 * mu / p
+        return Conjugate(value, slope, heat / p + 0.5 * mu / p**2)
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        log = torch.log_softmax(-z / self.temperature, 0)
+        return self.temperature * (p * (torch.log(p) - log) - p + torch.exp(log)).sum()
+
+    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+        def straight(a: float) -> Tensor:
+            q = p + a * d
+            return q / q.sum()
+
+        def curved(a: float) -> Tensor:
+            # where p falls, 1/p moves linearly: Newton's method on a barrier then has no boundary
+            # to hit
+            q = torch.where(d < 0, p / (1 - a * d.clamp_max(0) / p), p + a * d)
+            return q / q.sum()
+
+        longest = 0.95 / max(float((-d / p).amax()), 0.1)
+        return [(1.0, straight)] if longest > 1 else [(longest, straight), (1.0, curved)]
+
+
+@dataclass(frozen=True)
+class HalfSquare:
+    """f(z) = ½‖z‖²; p = −z at the solution."""
+
+    simplex: ClassVar[bool] = False
+
+    def begin(self, b: Tensor) -> Tensor:
+        return -b
+
+    def inside(self, p: Tensor, mu: float) -> Tensor:
+        return p
+
+    def dual(self, p: Tensor, mu: float) -> Conjugate:
+        return Conjugate(0.5 * (p @ p), p, torch.ones_like(p))
+
+    def gap(self, p: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * ((p + z) ** 2).sum()
+
+    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+        return [(1.0, lambda a: p + a * d)]
