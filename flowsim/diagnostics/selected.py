@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flowsim.kernels import reference as kernels
 from flowsim.motion.state import State
-from flowsim.problems.losses import Pairwise, Reading
 from flowsim.problems.problem import Problem
+from flowsim.problems.readings import Pairwise, Reading
 
 
 def ascent(problem: Problem, state: State) -> Float[Tensor, "B P"]:

@@ -19,8 +19,8 @@ from flowsim.convex.games import (
     nearest_point,
 )
 from flowsim.norms.norm import Norm
-from flowsim.problems.losses import Pairwise
 from flowsim.problems.problem import Problem
+from flowsim.problems.readings import Pairwise
 
 __all__ = [
     "MaxMargin",

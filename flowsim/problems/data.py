@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowsim.checks import require_not_negative, require_whole
 from flowsim.nets.activations import relu
 from flowsim.nets.mlp import MLP
 from flowsim.problems.losses import exponential
@@ -19,6 +20,15 @@ class Data(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _signs(positive: Tensor) -> Tensor:
+    """±1 as floats."""
+    return torch.where(positive, 1.0, -1.0).double()
 
 
 def _for_seeds(
@@ -51,17 +61,17 @@ def digits(
 
     if part not in ("train", "test"):
         raise ValueError(f"digits: got part={part!r}, expected 'train' or 'test'")
-    if len(classes) < 2 or len(set(classes)) != len(classes) or not set(classes) <= set(range(10)):
-        raise ValueError(
-            f"digits: got classes {tuple(classes)}, expected at least two different digits 0 … 9"
-        )
+    if not (len(classes) == len(set(classes)) >= 2 and set(classes) <= set(range(10))):
+        expected = "at least two different digits 0 … 9"
+        raise ValueError(f"digits: got classes {tuple(classes)}, expected {expected}")
     raw = load_digits()
-    images, names = torch.from_numpy(raw.data) / 16, torch.from_numpy(raw.target)
+    names = torch.from_numpy(raw.target)
     chosen = torch.isin(names, torch.tensor(list(classes)))
-    images, names = images[chosen], names[chosen]
+    images, names = torch.from_numpy(raw.data)[chosen] / 16, names[chosen]
     if not (isinstance(n, int) and 0 < n < len(names)):
+        most = len(names) - 1
         raise ValueError(
-            f"digits: got n={n}, expected 1 … {len(names) - 1}: these classes have {len(names)} images"
+            f"digits: got n={n}, expected 1 … {most}: these classes have {most + 1} images"
         )
     labels = torch.stack([names == c for c in classes]).long().argmax(0)
     labels = 2 * labels - 1 if len(classes) == 2 else labels
@@ -79,18 +89,17 @@ def gaussian_separable(
 ) -> Data:
     """Gaussian inputs that a random unit vector u separates: labels sign⟨u, x⟩, and x moved along u
     until ``y⟨u, x⟩ ≥ margin``."""
-    if n < 1 or d < 1 or not margin >= 0:
-        raise ValueError(
-            f"gaussian_separable: got n={n}, d={d}, margin={margin}, expected n, d ≥ 1 and margin ≥ 0"
-        )
+    require_whole("gaussian_separable", n=n, d=d)
+    require_not_negative("gaussian_separable", margin=margin)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        u = torch.randn(d, generator=generator, dtype=torch.float64)
+        u = _normal(generator, d)
         u = u / u.norm()
-        x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        x = _normal(generator, n, d)
         score = x @ u
-        y = torch.where(score >= 0, 1.0, -1.0).double()
-        return x + ((margin - y * score).clamp_min(0) * y)[:, None] * u, y
+        y = _signs(score >= 0)
+        short = (margin - y * score).clamp_min(0)
+        return x + (short * y)[:, None] * u, y
 
     return _for_seeds(draw, seed)
 
@@ -105,19 +114,18 @@ def teacher_student(
 ) -> Data:
     """Gaussian inputs labelled by a sparse random ReLU teacher, sign Σ_j u_j relu⟨w_j, x⟩ (Tsilivis
     et al. 2026, §4.1): each of ``teacher_width`` neurons reads ``active`` coordinates."""
-    if n < 1 or teacher_width < 1 or not 1 <= active <= d:
-        raise ValueError(
-            f"teacher_student: got n={n}, teacher_width={teacher_width}, active={active}, expected n, teacher_width "
-            f"≥ 1 and active in 1 … {d}"
-        )
+    require_whole("teacher_student", n=n, d=d, teacher_width=teacher_width, active=active)
+    if active > d:
+        raise ValueError(f"teacher_student: got active={active}, expected 1 … {d}")
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        inner = torch.randn(teacher_width, d, generator=generator, dtype=torch.float64)
-        kept = torch.rand(teacher_width, d, generator=generator).argsort(1).argsort(1) < active
-        outer = torch.randn(teacher_width, generator=generator, dtype=torch.float64)
-        x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        inner = _normal(generator, teacher_width, d)
+        order = torch.rand(teacher_width, d, generator=generator).argsort(1)
+        kept = order.argsort(1) < active
+        outer = _normal(generator, teacher_width)
+        x = _normal(generator, n, d)
         score = torch.relu(x @ (inner * kept).T) @ outer
-        return x, torch.where(score >= 0, 1.0, -1.0).double()
+        return x, _signs(score >= 0)
 
     return _for_seeds(draw, seed)
 
@@ -128,9 +136,7 @@ def peers_net(
     """A benchmark problem and its start: Gaussian inputs with random labels, exponential loss, and
     a two-layer ReLU net from W ~ N(0, ¼/d), a ~ N(0, ¼/width)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = torch.where(
-        torch.rand(n, generator=generator, dtype=torch.float64) < 0.5, -1.0, 1.0
-    ).double()
+    x = _normal(generator, n, d)
+    y = _signs(torch.rand(n, generator=generator, dtype=torch.float64) >= 0.5)
     net = MLP([d, width, 1], activation=relu)
     return Problem(net, x, y, exponential), net.init(seeds=seed, scale=0.5)

@@ -14,8 +14,8 @@ Parallel inputs share their kinks, so their multipliers are not free of each oth
 direction, 1 − D for the opposite one. Each class of parallel inputs is therefore represented by its
 first member, which carries the jumps of all.
 
-A kink that slides and begins to repel is *released*. It may leave to either side; `release_sides` is the
-rule that decides."""
+A kink that slides and begins to repel is *released*. It may leave to either side; `release_sides`
+is the rule that decides."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,24 +57,28 @@ def parallels(
 
     A zero vector stands for itself.
     """
-    size = torch.diagonal(gram, dim1=-2, dim2=-1).sqrt()
-    unit = torch.where(size > 0, size, 1.0)
+    norm = torch.diagonal(gram, dim1=-2, dim2=-1).sqrt()
+    unit = torch.where(norm > 0, norm, 1.0)
     cosine = gram / unit[..., :, None] / unit[..., None, :]
-    first = (
-        (cosine.abs() > 1 - 256 * torch.finfo(gram.dtype).eps).to(gram).argmax(-1)
-    )  # of equal maxima the first
-    first = torch.where(size > 0, first, torch.arange(gram.shape[-1], device=gram.device))
-    return first, cosine.gather(-1, first[..., None])[..., 0].sign() * size / unit.gather(-1, first)
+    parallel = cosine.abs() > 1 - 256 * torch.finfo(gram.dtype).eps
+    first = parallel.to(gram).argmax(-1)  # of equal maxima the first
+    first = torch.where(norm > 0, first, torch.arange(gram.shape[-1], device=gram.device))
+    sign = cosine.gather(-1, first[..., None])[..., 0].sign()
+    return first, sign * norm / unit.gather(-1, first)
+
+
+# --------------------------------------------------------------------------------------------------
+# Releases
+# --------------------------------------------------------------------------------------------------
 
 
 def require_sides(method: str, sides: tuple[int, ...]) -> None:
     """Raises unless ``sides`` is a tuple of zeros and ones."""
-    if not (
-        isinstance(sides, tuple) and all(type(side) is int and side in (0, 1) for side in sides)
-    ):
+    known = isinstance(sides, tuple) and all(type(n) is int and n in (0, 1) for n in sides)
+    if not known:
         raise ValueError(
-            f"{method}: got sides={sides!r}, expected 0 (z < 0) or 1 (z > 0) for each release in turn, "
-            f"try {method}(sides=(0, 1))"
+            f"{method}: got sides={sides!r}, expected 0 (z < 0) or 1 (z > 0) for each release in "
+            f"turn, try {method}(sides=(0, 1))"
         )
 
 
@@ -98,6 +102,14 @@ def release_sides(
     return torch.where(released & (turn < len(sides)), asked, nearer)
 
 
+# --------------------------------------------------------------------------------------------------
+# Two-layer nets
+# --------------------------------------------------------------------------------------------------
+
+Pairs = Float[Tensor, "B N m"]
+"""A number for each pair of an example and a neuron."""
+
+
 @dataclass(frozen=True)
 class TwoLayer:
     """The kinks of a two-layer net on given data, for B trajectories.
@@ -117,52 +129,55 @@ class TwoLayer:
     width: int
 
     @staticmethod
-    def of(
-        x: Tensor, y: Tensor, loss: Loss, activation: kernels.Activation, width: int
+    def on(
+        x: Float[Tensor, "B N d"],
+        y: Tensor,
+        loss: Loss,
+        activation: kernels.Activation,
+        width: int,
     ) -> "TwoLayer":
-        """``x (B, N, d)``, one data set a trajectory."""
+        """One data set a trajectory, or one for all, which is then to be `expanded`."""
         leak = float(activation.slope(x.new_tensor([-1.0]))[0])
         xx = x @ x.mT
-        first, coefficient = parallels(xx)
-        return TwoLayer(x, xx, first, coefficient, leak, y, loss, activation, width)
+        return TwoLayer(x, xx, *parallels(xx), leak, y, loss, activation, width)
 
     def expanded(self, trajectories: int) -> "TwoLayer":
         """One data set for each of these trajectories, where all share one."""
-        shared = {
-            name: getattr(self, name) for name in ("x", "xx", "representative", "coefficient")
-        }
-        return replace(
-            self, **{name: t.expand(trajectories, *t.shape[1:]) for name, t in shared.items()}
+        x, xx, representative, coefficient = (
+            t.expand(trajectories, *t.shape[1:])
+            for t in (self.x, self.xx, self.representative, self.coefficient)
         )
+        return replace(self, x=x, xx=xx, representative=representative, coefficient=coefficient)
 
     @property
     def distinct(self) -> Bool[Tensor, "B N 1"]:
         """The inputs that carry kinks: not zero, and not parallel to an earlier one."""
-        here = torch.arange(self.x.shape[-2], device=self.x.device)
-        return ((self.representative == here) & (torch.diagonal(self.xx, dim1=-2, dim2=-1) > 0))[
-            ..., None
-        ]
+        nonzero = torch.diagonal(self.xx, dim1=-2, dim2=-1) > 0
+        return (self._first & nonzero)[..., None]
 
     @property
     def merged(self) -> bool:
         """Whether some inputs are parallel."""
-        here = torch.arange(self.x.shape[-2], device=self.x.device)
-        return not bool((self.representative == here).all())
+        return not bool(self._first.all())
 
-    def gathered(self, jump: Float[Tensor, "B N m"]) -> Float[Tensor, "B N m"]:
+    @property
+    def _first(self) -> Bool[Tensor, "B N"]:
+        return self.representative == torch.arange(self.x.shape[-2], device=self.x.device)
+
+    def gathered(self, jump: Pairs) -> Pairs:
         """Each representative with the jumps of its class; zero elsewhere."""
         if not self.merged:
             return jump
         index = self.representative[..., None].expand_as(jump)
-        return torch.zeros_like(jump).scatter_add(
-            1, index, jump * self.coefficient.abs()[..., None]
-        )
+        carried = jump * self.coefficient.abs()[..., None]
+        return torch.zeros_like(jump).scatter_add(1, index, carried)
 
-    def spread(self, multipliers: Float[Tensor, "B N m"]) -> Float[Tensor, "B N m"]:
+    def spread(self, multipliers: Pairs) -> Pairs:
         """Multipliers of all inputs from those of the representatives."""
         if not self.merged:
             return multipliers
-        own = multipliers.gather(1, self.representative[..., None].expand_as(multipliers))
+        index = self.representative[..., None].expand_as(multipliers)
+        own = multipliers.gather(1, index)
         return torch.where(self.coefficient[..., None] > 0, own, 1 - own)
 
     def at(self, w: Float[Tensor, "B P"]) -> "NetAt":
@@ -186,49 +201,47 @@ class NetAt:
     net: TwoLayer
     first: Float[Tensor, "B m d"]
     last: Float[Tensor, "B C m"]
-    z: Float[Tensor, "B N m"]
-    hidden: Float[Tensor, "B N m"]
+    z: Pairs
+    hidden: Pairs
     outputs: Float[Tensor, "B N C"]
     lam: Float[Tensor, " B"]
     cotangent: Float[Tensor, "B N C"]
-    force: Float[Tensor, "B N m"]
+    force: Pairs
 
     @property
-    def jump(self) -> Float[Tensor, "B N m"]:
+    def jump(self) -> Pairs:
         """Jumps of the representatives' kinks."""
         return (1 - self.net.leak) * self.net.gathered(self.force)
 
-    def slopes(self, multipliers: Float[Tensor, "B N m"]) -> Float[Tensor, "B N m"]:
+    def slopes(self, multipliers: Pairs) -> Pairs:
         """φ' of every pair, from the representatives' multipliers."""
-        return self.net.leak + (1 - self.net.leak) * self.net.spread(multipliers)
+        leak = self.net.leak
+        return leak + (1 - leak) * self.net.spread(multipliers)
 
-    def tape(self, slopes: Float[Tensor, "B N m"]) -> Tape:
+    def tape(self, slopes: Pairs) -> Tape:
         """The net linearised with these slopes, as the kernels want it."""
         return Tape((self.first, self.last), (self.net.x, self.hidden), (slopes,))
 
-    def gradient(self, slopes: Float[Tensor, "B N m"]) -> Float[Tensor, "B P"]:
+    def gradient(self, slopes: Pairs) -> Float[Tensor, "B P"]:
         """∇Λ with these slopes."""
         first = bmm((self.force * slopes).mT, self.net.x)
         last = bmm(self.cotangent.mT, self.hidden)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
-    def along(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B N m"]:
+    def along(self, v: Float[Tensor, "B P"]) -> Pairs:
         """How z changes along v: ⟨n, v⟩ for every pair."""
-        return bmm(self.net.x, v[:, : self.first[0].numel()].view_as(self.first).mT)
+        first = v[:, : self.first[0].numel()].view_as(self.first)
+        return bmm(self.net.x, first.mT)
 
     def hinges(self) -> Hinges:
         """All kinks in a row, k = i·m + j."""
-        x, (B, N, m) = self.net.x, self.z.shape
-        ends = self.last.flatten(1).shape[1]
 
-        def combine(c: Tensor) -> Tensor:
-            return torch.cat([bmm(c.view(B, N, m).mT, x).flatten(1), c.new_zeros(B, ends)], 1)
+        def combine(c: Float[Tensor, "B K"]) -> Float[Tensor, "B P"]:
+            first = bmm(c.view_as(self.z).mT, self.net.x)
+            return torch.cat([first.flatten(1), torch.zeros_like(self.last).flatten(1)], 1)
+
+        def along(v: Float[Tensor, "B P"]) -> Float[Tensor, "B K"]:
+            return self.along(v).flatten(1)
 
         base = self.gradient(self.slopes(torch.zeros_like(self.z)))
-        return Hinges(
-            self.z.flatten(1),
-            self.jump.flatten(1),
-            base,
-            combine,
-            lambda v: self.along(v).flatten(1),
-        )
+        return Hinges(self.z.flatten(1), self.jump.flatten(1), base, combine, along)

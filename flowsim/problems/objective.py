@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a rule needs to know of what it descends."""
 
 from typing import Protocol, Self
 

@@ -1,7 +1,9 @@
-"""What is descended: the Objective protocol, and learning problems."""
+"""Learning problems: a net, data and a loss."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from html import escape
 from typing import Any, Self
 
 import torch
@@ -14,6 +16,7 @@ from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
 from flowsim.problems.kinks import Hinges, TwoLayer
 from flowsim.problems.losses import Loss
+from flowsim.problems.readings import Outputs, checked_targets
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Problem:
     >>> problem = fs.Problem(fs.Linear(2), [[1.0, 0.0], [0.0, -1.0]], [1, -1], loss=fs.exponential)
     >>> problem.lam(torch.zeros(1, 2, dtype=torch.float64))  # two examples, each with loss 1
     tensor([-0.6931], dtype=torch.float64)
+    >>> problem
+    Problem: exponential loss of a net MLP
+      2 examples of 2 numbers, 1 outputs
+      2 weights, degree 1, kinks: False
     """
 
     net: Net
@@ -37,20 +44,16 @@ class Problem:
     loss: Loss
 
     def __post_init__(self) -> None:
+        expected = "a flowsim Net, try flowsim.MLP(...) or flowsim.ModuleNet(module)"
         if not isinstance(self.net, Net):
-            raise TypeError(
-                f"Problem: got net {type(self.net).__name__}, expected a flowsim Net, try flowsim.MLP(...) or "
-                "flowsim.ModuleNet(module)"
-            )
+            raise TypeError(f"Problem: got net {type(self.net).__name__}, expected {expected}")
         if not isinstance(self.loss, Loss):
-            raise TypeError(
-                f"Problem: got loss {self.loss!r}, expected a flowsim Loss, try loss=flowsim.exponential"
-            )
+            expected = "a flowsim Loss, try loss=flowsim.exponential"
+            raise TypeError(f"Problem: got loss {self.loss!r}, expected {expected}")
         x = _inputs(self.x)
-        net, outputs = _fitted(self.net, x)
-        y = _targets(self.y, self.loss, shape=x.shape[:-1], outputs=outputs)
-        for name, value in {"net": net, "x": x, "y": y}.items():
-            object.__setattr__(self, name, value)
+        net, C = _fitted(self.net, x)
+        y = checked_targets(self.y, self.loss.reading, self.loss.name, x.shape[:-1], C)
+        vars(self).update(net=net, x=x, y=y)
 
     @property
     def size(self) -> int:
@@ -62,8 +65,8 @@ class Problem:
 
     @property
     def degree(self) -> float:
-        assert self.net.degree is not None  # `measured` has set it
-        return self.net.degree
+        degree = self.net.degree
+        return math.nan if degree is None else degree  # `measured` has set it
 
     @property
     def kinks(self) -> bool:
@@ -82,7 +85,7 @@ class Problem:
         """N, the number of examples of each trajectory."""
         return self.x.shape[-2]
 
-    def outputs(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B N C"]:
+    def outputs(self, w: Float[Tensor, "B P"]) -> Outputs:
         """f(x; w) on the data."""
         return self.net.outputs(w, self.x)
 
@@ -96,30 +99,8 @@ class Problem:
         lam, cotangent = self.loss.ascent(outputs, self.y)
         return lam, pull(cotangent)
 
-    def two_layer(self, trajectories: int) -> TwoLayer:
-        """The kinks of a two-layer net on these data. Raises for other nets."""
-        net = self.net
-        if not (isinstance(net, MLP) and net.kinks and len(net.widths) == 3):
-            raise ValueError(
-                "the true flow across kinks is known for two-layer MLPs with relu or leaky_relu; got "
-                f"{type(net).__name__}, try flowsim.MLP([inputs, width, outputs]), a smooth activation such as "
-                "flowsim.squared_relu, or flowsim.SmallStep for the small-step path"
-            )
-        if self._kinks.x.shape[0] == 1:
-            return self._kinks.expanded(trajectories)
-        return self._kinks
-
-    @cached_property
-    def _kinks(self) -> TwoLayer:
-        assert isinstance(self.net, MLP)
-        x = self.x if self.x.ndim == 3 else self.x[None]
-        return TwoLayer.of(x, self.y, self.loss, self.net.activation, self.net.widths[1])
-
-    def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:
-        return self.two_layer(w.shape[0]).at(w).hinges()
-
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B NC P"]:
-        """FᵀJ, with J the Jacobian of the outputs and F the root of the loss's curvature
+        """FᵀJ, with J the Jacobian of the outputs and F the factor of the loss's curvature
         (`Loss.curvature`)."""
         return self.loss.curved(self.outputs(w), self.y, self.net.jacobian(w, self.x))
 
@@ -133,34 +114,61 @@ class Problem:
         descent."""
         return self.loss.weights(self.outputs(w), self.y)
 
+    def two_layer(self, trajectories: int) -> TwoLayer:
+        """The kinks of a two-layer net on these data. Raises for other nets."""
+        return self._two_layer.expanded(trajectories)
+
+    @cached_property
+    def _two_layer(self) -> TwoLayer:
+        net = self.net
+        if not (isinstance(net, MLP) and net.kinks and len(net.widths) == 3):
+            raise ValueError(
+                "the true flow across kinks is known for two-layer MLPs with relu or leaky_relu; "
+                f"got {type(net).__name__}, try flowsim.MLP([inputs, width, outputs]), a smooth "
+                "activation such as flowsim.squared_relu, or flowsim.SmallStep for the small-step "
+                "path"
+            )
+        x = self.x if self._own_x else self.x[None]
+        return TwoLayer.on(x, self.y, self.loss, net.activation, net.widths[1])
+
+    def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:
+        return self.two_layer(len(w)).at(w).hinges()
+
     def check_weights(self, w: Tensor) -> None:
         require_weights(w, self.size)
-        if self.x.ndim == 3 and self.x.shape[0] != w.shape[0]:
+        if self._own_x and len(self.x) != len(w):
             raise ValueError(
-                f"weights: got {w.shape[0]} trajectories, but the data holds {self.x.shape[0]} data sets; "
+                f"weights: got {len(w)} trajectories, but the data holds {len(self.x)} data sets; "
                 "expected as many, one for each trajectory"
             )
 
+    @property
+    def _own_x(self) -> bool:
+        """Whether each trajectory has inputs of its own."""
+        return self.x.ndim == 3
+
+    @property
+    def _own_y(self) -> bool:
+        return self.y.ndim > self.loss.reading.axes
+
     def select(self, rows: Tensor) -> Self:
-        own_x, own_y = self.x.ndim == 3, self.y.ndim == _axes(self.loss) + 1
         return self._replaced(
             net=self.net.select(rows),
-            x=self.x[rows] if own_x else self.x,
-            y=self.y[rows] if own_y else self.y,
+            x=self.x[rows] if self._own_x else self.x,
+            y=self.y[rows] if self._own_y else self.y,
         )
 
     def examples_of(self, index: Int[Tensor, "B n"]) -> Self:
         """The problem on some of its examples, of each trajectory its own."""
-        own_x, own_y = self.x.ndim == 3, self.y.ndim == _axes(self.loss) + 1
         rows = torch.arange(len(index), device=index.device)[:, None]
         return self._replaced(
-            x=self.x[rows, index] if own_x else self.x[index],
-            y=self.y[rows, index] if own_y else self.y[index],
+            x=self.x[rows, index] if self._own_x else self.x[index],
+            y=self.y[rows, index] if self._own_y else self.y[index],
         )
 
     def like(self, w: Tensor) -> Self:
-        y = self.y.to(w.device) if self.loss.reading.targets == "classes" else self.y.to(w)
-        return self._replaced(net=self.net, x=self.x.to(w), y=y)
+        y = self.y.to(w) if self.y.is_floating_point() else self.y.to(w.device)
+        return self._replaced(x=self.x.to(w), y=y)
 
     def with_data(self, x: Any, y: Any) -> "Problem":
         """The same net and loss on other data, such as a test set."""
@@ -169,30 +177,35 @@ class Problem:
     def _replaced(self, **values: Any) -> Self:
         """A copy that skips validation: its data have passed it."""
         copy = object.__new__(type(self))
-        for name in ("net", "x", "y", "loss"):
-            object.__setattr__(copy, name, values.get(name, getattr(self, name)))
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        vars(copy).update(own | values)
         return copy
 
+    def __repr__(self) -> str:
+        N, d = self.x.shape[-2:]
+        sets = f", {len(self.x)} data sets" if self._own_x else ""
+        return (
+            f"Problem: {self.loss.name} loss of a net {type(self.net).__name__}\n"
+            f"  {N} examples of {d} numbers{sets}, {_outputs_of(self.net, self.x)} outputs\n"
+            f"  {self.size} weights, degree {self.degree:g}, kinks: {self.kinks}"
+        )
 
-def _axes(loss: Loss) -> int:
-    """Axes of targets that all trajectories share: (N,), or (N, C) for regression."""
-    return 2 if loss.reading.targets == "values" else 1
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 def _inputs(x: Any) -> Tensor:
-    x = as_tensor(x, "x")
+    x = as_floats(as_tensor(x, "x"))
+    got = f"x: got shape {tuple(x.shape)}"
     if x.ndim not in (2, 3):
         raise ValueError(
-            f"x: got shape {tuple(x.shape)}, expected (N, d), or (B, N, d) with one data set a trajectory; "
+            f"{got}, expected (N, d), or (B, N, d) with one data set a trajectory; "
             "try x.reshape(len(x), -1)"
         )
     if x.numel() == 0:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, which holds no numbers; expected at least one example"
-        )
-    x = as_floats(x)
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{got}, which holds no numbers; expected at least one example")
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
         raise ValueError(f"x: got {bad} NaN or infinite entries, expected finite numbers")
     return x
 
@@ -200,75 +213,16 @@ def _inputs(x: Any) -> Tensor:
 def _fitted(net: Net, x: Tensor) -> tuple[Net, int]:
     """The net with its degree known, and C, its number of outputs; a net that does not fit the data
     is refused."""
-    example = (x[0] if x.ndim == 3 else x)[:1]
     try:
         net = net.measured(x)
-        single = net.select(torch.tensor([0]))
-        return net, single.outputs(single.init(0).to(example), example).shape[-1]
+        return net, _outputs_of(net, x)
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"x: the net does not accept examples of {x.shape[-1]} numbers: {str(error).splitlines()[0]}"
+            f"x: the net does not accept examples of {x.shape[-1]} numbers: {reason}"
         ) from None
 
 
-def _targets(y: Any, loss: Loss, *, shape: torch.Size, outputs: int) -> Tensor:
-    """Targets in the loss's own form: signs ±1 as floats, classes as integers, values as (…, N,
-    C)."""
-    y = as_tensor(y, "y")
-    if y.is_floating_point() and not torch.isfinite(y).all():
-        raise ValueError("y: got NaN or infinite entries, expected finite targets")
-    kind = loss.reading.targets
-    if kind == "values":
-        return _values(y, shape=shape, outputs=outputs)
-    if tuple(y.shape) not in {tuple(shape), tuple(shape[-1:])}:
-        raise ValueError(
-            f"y: got shape {tuple(y.shape)}, expected {tuple(shape)}: one label for each example"
-        )
-    return _signs(y, loss, outputs) if kind == "signs" else _classes(y, loss, outputs)
-
-
-def _signs(y: Tensor, loss: Loss, outputs: int) -> Tensor:
-    if outputs != 1:
-        raise ValueError(
-            f"the {loss.name} loss is binary, but the net has {outputs} outputs; "
-            "try one output, or loss=flowsim.cross_entropy or flowsim.pairwise_exponential"
-        )
-    labels = {float(v) for v in torch.unique(y)}
-    if -1.0 in labels and 0.0 in labels:
-        raise ValueError(
-            f"y: got labels {_listed(labels)}, which mix two conventions; expected −1 and +1, or 0 and 1"
-        )
-    if not (labels <= {-1.0, 1.0} or labels <= {0.0, 1.0}):
-        raise ValueError(f"y: got labels {_listed(labels)}, expected −1 and +1, or 0 and 1")
-    y = y.double()
-    return torch.where(y > 0, 1.0, -1.0).to(y)
-
-
-def _classes(y: Tensor, loss: Loss, outputs: int) -> Tensor:
-    if outputs < 2:
-        raise ValueError(
-            f"the {loss.name} loss needs one output for each class, but the net has {outputs}; "
-            "try more outputs, or loss=flowsim.logistic"
-        )
-    if y.is_floating_point() and not torch.equal(y, y.round()):
-        raise ValueError(f"y: got class labels that are not integers, expected 0 … {outputs - 1}")
-    if int(y.min()) < 0 or int(y.max()) >= outputs:
-        raise ValueError(
-            f"y: got classes {_listed({float(v) for v in torch.unique(y)})}, expected integers 0 … {outputs - 1}, "
-            f"because the net has {outputs} outputs"
-        )
-    return y.long()
-
-
-def _values(y: Tensor, *, shape: torch.Size, outputs: int) -> Tensor:
-    full, shared = (*shape, outputs), (shape[-1], outputs)
-    if tuple(y.shape) in {full, shared}:
-        return y.double()
-    if outputs == 1 and tuple(y.shape) in {full[:-1], shared[:-1]}:
-        return y.double()[..., None]
-    raise ValueError(f"y: got shape {tuple(y.shape)}, expected {full}: one target for each output")
-
-
-def _listed(labels: set[float]) -> str:
-    shown = ", ".join(f"{v:g}" for v in sorted(labels)[:6])
-    return f"{{{shown}{', …' if len(labels) > 6 else ''}}}"
+def _outputs_of(net: Net, x: Tensor) -> int:
+    one, example = net.select(torch.tensor([0])), x.flatten(0, -2)[:1]
+    return one.outputs(one.init(0).to(x), example).shape[-1]

@@ -19,16 +19,17 @@ from flowsim.problems.kinks import Hinges, parallels
 class _Form(ABC):
     """What objectives with a quadratic part ½ (w − w*)ᵀ H (w − w*) share; their level is −F."""
 
-    matrix: Tensor
-    minimiser: Tensor
+    matrix: Any
+    minimiser: Any
     shape: tuple[int, ...] | None
 
     degree: float = 1.0
     logarithmic: bool = False
+    convex: bool
 
     @property
     def size(self) -> int:
-        return self.minimiser.shape[0]
+        return len(self.minimiser)
 
     @property
     def layout(self) -> Layout:
@@ -42,10 +43,10 @@ class _Form(ABC):
         return self.ascent(w)[0]
 
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B P P"]:
-        return self._root.to(w).expand(w.shape[0], -1, -1)
+        return self._square_root.to(w).expand(len(w), -1, -1)
 
     @cached_property
-    def _root(self) -> Tensor:
+    def _square_root(self) -> Float[Tensor, "P P"]:
         values, basis = torch.linalg.eigh(self.matrix)
         return (basis * values.clamp_min(0).sqrt()) @ basis.mT
 
@@ -60,6 +61,30 @@ class _Form(ABC):
         moved = {name: part.to(w) for name, part in parts.items() if isinstance(part, Tensor)}
         return replace(self, **moved)  # type: ignore[type-var]
 
+    def _hold(self, expected: str, **shapes: tuple[int, ...]) -> None:
+        """Hold the parts as tensors like the first one. Raises where they have other shapes than
+        these, in words ``expected``, are not finite, or make no quadratic form."""
+        owner = type(self).__name__
+        parts = {name: as_floats(as_tensor(getattr(self, name), name)) for name in shapes}
+        if any(parts[name].shape != shape for name, shape in shapes.items()):
+            got = " and ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
+            raise ValueError(f"{owner}: got {got}, expected {expected}")
+        (P,), H = shapes["minimiser"], parts["matrix"]
+        if math.prod(self.shape or (P,)) != P:
+            expected = f"one that holds {P} weights"
+            raise ValueError(f"{owner}: got shape {self.shape}, expected {expected}")
+        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+            raise ValueError(f"{owner}: got NaN or infinite entries, expected finite numbers")
+        rounding = 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max())
+        if float((H - H.T).abs().max()) > rounding or (
+            self.convex and float(torch.linalg.eigvalsh(H)[0]) < -rounding
+        ):
+            form = "positive semidefinite, try HᵀH" if self.convex else "as (H + Hᵀ)/2 is"
+            raise ValueError(f"{owner}: got a matrix that is not symmetric {form}")
+        parts["matrix"] = 0.5 * (H + H.T)
+        first = next(iter(parts.values()))
+        vars(self).update({name: part.to(first) for name, part in parts.items()})
+
 
 @dataclass(frozen=True)
 class Quadratic(_Form):
@@ -69,38 +94,16 @@ class Quadratic(_Form):
     ``shape`` reads the weights as a matrix, for matrix norms. The level is −F and flow time the
     ordinary one."""
 
-    matrix: Tensor
-    minimiser: Tensor
+    matrix: Any
+    minimiser: Any
     shape: tuple[int, ...] | None = None
 
     kinks: bool = False
     convex: bool = True
 
     def __post_init__(self) -> None:
-        H, target = (
-            as_floats(as_tensor(getattr(self, name), name)) for name in ("matrix", "minimiser")
-        )
-        if H.ndim != 2 or H.shape[0] != H.shape[1] or target.shape != H.shape[:1]:
-            raise ValueError(
-                f"Quadratic: got matrix {tuple(H.shape)} and minimiser {tuple(target.shape)}, "
-                "expected (P, P) and (P,)"
-            )
-        if math.prod(self.shape or target.shape) != len(target):
-            raise ValueError(
-                f"Quadratic: got shape {self.shape}, expected one that holds {len(target)} weights"
-            )
-        if not (torch.isfinite(H).all() and torch.isfinite(target).all()):
-            raise ValueError("Quadratic: got NaN or infinite entries, expected finite numbers")
-        rounding = 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max())
-        if (
-            float((H - H.T).abs().max()) > rounding
-            or float(torch.linalg.eigvalsh(H)[0]) < -rounding
-        ):
-            raise ValueError(
-                "Quadratic: got a matrix that is not symmetric positive semidefinite, try HᵀH"
-            )
-        object.__setattr__(self, "matrix", 0.5 * (H + H.T))
-        object.__setattr__(self, "minimiser", target.to(H))
+        P = as_tensor(self.minimiser, "minimiser").numel()
+        self._hold("(P, P) and (P,)", matrix=(P, P), minimiser=(P,))
 
     def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
         r = w - self.minimiser
@@ -137,77 +140,42 @@ class PiecewiseQuadratic(_Form):
     convex: bool = False
 
     def __post_init__(self) -> None:
-        b, n, c = (
-            as_floats(as_tensor(getattr(self, name), name))
-            for name in ("slope", "normals", "weights")
+        K, P = (as_tensor(getattr(self, name), name).numel() for name in ("weights", "slope"))
+        zero = torch.zeros(P, P, dtype=torch.float64)
+        if self.matrix is None:
+            vars(self).update(matrix=zero)
+        if self.minimiser is None:
+            vars(self).update(minimiser=zero[0])
+        self._hold(
+            "(P,), (K, P), (K,), (P, P) and (P,)",
+            slope=(P,),
+            normals=(K, P),
+            weights=(K,),
+            matrix=(P, P),
+            minimiser=(P,),
         )
-        if b.ndim != 1 or n.ndim != 2 or n.shape[1:] != b.shape or c.shape != n.shape[:1]:
-            raise ValueError(
-                f"PiecewiseQuadratic: got slope {tuple(b.shape)}, normals {tuple(n.shape)} and weights "
-                f"{tuple(c.shape)}, expected (P,), (K, P) and (K,)"
-            )
-        H = (
-            b.new_zeros(len(b), len(b))
-            if self.matrix is None
-            else as_floats(as_tensor(self.matrix, "matrix"))
-        )
-        target = (
-            torch.zeros_like(b)
-            if self.minimiser is None
-            else as_floats(as_tensor(self.minimiser, "minimiser"))
-        )
-        if H.shape != (len(b), len(b)) or target.shape != b.shape:
-            raise ValueError(
-                f"PiecewiseQuadratic: got matrix {tuple(H.shape)} and minimiser {tuple(target.shape)}, "
-                f"expected ({len(b)}, {len(b)}) and ({len(b)},)"
-            )
-        if math.prod(self.shape or b.shape) != len(b):
-            raise ValueError(
-                f"PiecewiseQuadratic: got shape {self.shape}, expected one that holds {len(b)} weights"
-            )
-        if not all(bool(torch.isfinite(t).all()) for t in (b, n, c, H, target)):
-            raise ValueError(
-                "PiecewiseQuadratic: got NaN or infinite entries, expected finite numbers"
-            )
-        if bool((n == 0).all(-1).any()):
+        if bool((self.normals == 0).all(-1).any()):
             raise ValueError(
                 "PiecewiseQuadratic: got a normal that is zero, expected none: it makes no kink"
             )
-        if float((H - H.T).abs().max()) > 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max()):
-            raise ValueError(
-                "PiecewiseQuadratic: got a matrix that is not symmetric, try (H + Hᵀ)/2"
-            )
-        parts = {
-            "slope": b,
-            "normals": n,
-            "weights": c,
-            "matrix": 0.5 * (H + H.T),
-            "minimiser": target,
-        }
-        for name, value in parts.items():
-            object.__setattr__(self, name, value.to(b))
 
     def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
         r, z = w - self.minimiser, w @ self.normals.mT
-        level = (
-            -0.5 * (r @ self.matrix * r).sum(-1) - w @ self.slope - z.clamp_min(0) @ self.weights
-        )
-        return level, -(r @ self.matrix) - self.slope - (
-            (z > 0).to(w) * self.weights
-        ) @ self.normals
+        smooth = 0.5 * (r @ self.matrix * r).sum(-1)
+        level = -smooth - w @ self.slope - z.clamp_min(0) @ self.weights
+        above = (z > 0).to(w) * self.weights
+        return level, -(r @ self.matrix) - self.slope - above @ self.normals
 
     def hinges(self, w: Tensor) -> Hinges:
         first, multiple = parallels(self.normals @ self.normals.mT)
-        opposite = multiple < 0
         jump = torch.zeros_like(self.weights).index_add(0, first, -self.weights * multiple.abs())
         # of −c max(⟨n, w⟩, 0) with n opposite to its representative, D = 0 is the side where it
         # slopes
-        sloping = (self.weights * opposite) @ self.normals
-        base = -((w - self.minimiser) @ self.matrix) - self.slope - sloping
+        sloping = (self.weights * (multiple < 0)) @ self.normals
         return Hinges(
             z=w @ self.normals.mT,
-            jump=jump.expand(w.shape[0], -1),
-            base=base,
+            jump=jump.expand(len(w), -1),
+            base=-((w - self.minimiser) @ self.matrix) - self.slope - sloping,
             combine=lambda c: c @ self.normals,
             along=lambda v: v @ self.normals.mT,
         )

@@ -12,10 +12,11 @@ from flowsim.convex.in_ball import Minimum, minimise_in_ball
 from flowsim.convex.outer import HalfSquare, Outer, SoftMaximum
 from flowsim.flow.movements.movement import Guess, Movement, exact, linear_reading, touching
 from flowsim.norms.norm import Norm
-from flowsim.problems.losses import HALF_SQUARE, Residual
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 from flowsim.problems.quadratics import Quadratic
+from flowsim.problems.readings import Residual
+from flowsim.problems.tails import HALF_SQUARE
 
 _Vector = Float[Tensor, " P"]  # in the place of the weights
 

@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.norms.norm import Norm
-from flowsim.problems.losses import EXPONENTIAL, Loss, Pairwise, Signed, SoftPairwise
+from flowsim.problems.losses import Loss
+from flowsim.problems.readings import Pairwise, Signed, SoftPairwise
+from flowsim.problems.tails import EXPONENTIAL
 
 _Vector = Float[Tensor, " P"]  # in the place of the weights
 
@@ -92,6 +94,5 @@ def touching(
         excess = (log_slope + q)[0]
         return torch.ones_like(gaps), gaps - excess.repeat_interleave(len(gaps) // len(excess))
     # a·e^(−c(q' − q)) has the slope and the curvature of the tail
-    fall = loss.tail.fall or torch.func.grad(lambda q: -loss.tail.log_slope(q).sum())
-    c = fall(q)[0].clamp_min(0.05)
+    c = loss.tail.fall(q)[0].clamp_min(0.05)
     return c, torch.log(c) - log_slope[0]
