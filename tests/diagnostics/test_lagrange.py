@@ -8,8 +8,8 @@ import torch
 
 import flowsim as fs
 from flowsim.convex.cones import conic_optimum
-from flowsim.diagnostics import lagrange as multipliers
-from flowsim.diagnostics.lagrange import best_multipliers
+from flowsim.diagnostics.gradient_sets import GradientSets
+from flowsim.diagnostics.lagrange import best_mixture, best_multipliers, lifted
 from flowsim.motion.state import initial_state
 
 NET, START = fs.data.peers_net(5, 10, 10, seed=0)
@@ -103,24 +103,13 @@ def test_kinks_are_used_and_nothing_is_below_the_bound(norm, slid):
 
 @each
 def test_two_solvers_agree(norm, slid):
-    sets = multipliers._Gradients.of(NET, slid, torch.ones(10, dtype=torch.bool))
-    assert sets.free.any()
-    _, dual, bound = multipliers._game(sets, norm, 1e-9, 200)
-    best = conic_optimum(multipliers._programme(sets), norm)
-    assert bound == pytest.approx(dual, rel=1e-8)
-    assert sets.value(torch.from_numpy(best.u), norm) == pytest.approx(dual, rel=1e-5)
+    sets = GradientSets.of(NET, slid, torch.arange(10))
+    assert len(sets.kinks) > 0
+    found = best_mixture(sets, norm)
+    best = conic_optimum(lifted(sets), norm)
+    assert found.bound == pytest.approx(found.dual, rel=1e-8)
+    assert sets.value(torch.from_numpy(best.u), norm) == pytest.approx(found.dual, rel=1e-5)
     assert best.multipliers[:10].sum() == pytest.approx(1, abs=1e-6)
-
-
-def test_the_gradients_are_those_of_the_margins(slid):
-    active = torch.ones(10, dtype=torch.bool)
-    sets = multipliers._Gradients.of(NET, slid, active)
-    share = NET.weights(slid.w)[0]
-    torch.testing.assert_close((share @ sets.at(sets.D))[None], fs.diagnostics.ascent(NET, slid))
-    # Euler's identity for any choice on the kinks
-    w, q = slid.w[0], NET.margins(slid.w)[0]
-    for u in (w, torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)):
-        torch.testing.assert_close(sets.lowest(u) @ w, 2 * q)
 
 
 def test_a_spectral_norm_and_several_classes():

@@ -37,15 +37,17 @@ def energy(run: Run, norm: Norm, tol: float = 1e-3) -> Check:
     knows nothing of how the run was integrated; saves have to be dense. All by logarithms.
     ``dual_…`` of the norm must have been observed."""
     log_t, lam = run["log_time"], run["lam"]
-    rate = 2 * (np.log(run[f"dual_{norm.name}"]) - lam) + log_t  # of ‖g‖²dt in log t
+    log_g = np.log(run[f"dual_{norm.name}"]) - lam
+    rate = torch.from_numpy(2 * log_g + log_t)  # of ‖g‖²dt in log t
     with np.errstate(invalid="ignore"):
-        mean = log_mean_exp(torch.from_numpy(rate[:-1]), torch.from_numpy(rate[1:])).numpy()
-        part = mean + np.log(np.diff(log_t, axis=0))
+        mean = log_mean_exp(rate[:-1], rate[1:])
+        part = mean.numpy() + np.log(np.diff(log_t, axis=0))
     begun = np.isfinite(log_t[:-1])  # a run starts at t = 0, which has no logarithm
     first = np.take_along_axis(lam, begun.argmax(0)[None], 0)
-    fall = -np.expm1(first - lam[1:])
-    spent = np.logaddexp.accumulate(np.where(begun, part, -np.inf), 0) + first
-    return Check(np.abs(np.exp(spent) / np.where(begun, positive(fall), np.nan) - 1), tol)
+    parts = np.where(begun, part, -np.inf)
+    spent = np.logaddexp.accumulate(parts, 0) + first
+    fall = np.where(begun, -np.expm1(first - lam[1:]), np.nan)
+    return Check(np.abs(np.exp(spent) / positive(fall) - 1), tol)
 
 
 def dissipation(run: Run, tol: float = 1e-3) -> Check:
@@ -81,11 +83,13 @@ def aligning(run: Run, norm: Norm) -> Check:
 
     The integral is a trapezoidal sum over saves; the bound is its error, estimated from twice the
     spacing."""
-    excess = 1 / positive(run[f"alignment_{norm.name}"]) - 1
+    alpha = positive(run[f"alignment_{norm.name}"])
+    excess = 1 / alpha - 1
     width = np.diff(run["relative"], axis=0)
     left = width * (excess[1:] + excess[:-1]) / 2
     right = np.diff(np.log(_soft(run, norm)), axis=0) / _degree(run)
-    return Check(left - right, np.abs(np.diff(excess, axis=0)) * width / 2)
+    error = np.abs(np.diff(excess, axis=0)) * width / 2
+    return Check(left - right, error)
 
 
 def sharp_time(run: Run, norm: Norm) -> Check:
@@ -96,7 +100,8 @@ def sharp_time(run: Run, norm: Norm) -> Check:
     adds up what each step of the asymptotics drops; it presumes that these have changed little
     while t doubled."""
     L, lam, log_t = _degree(run), positive(run["lam"]), run["log_time"]
-    hard, soft = (run[f"{kind}_{norm.name}"] for kind in ("margin", "soft_margin"))
+    hard = run[f"margin_{norm.name}"]
+    soft = run[f"soft_margin_{norm.name}"]
     with np.errstate(invalid="ignore"):
         powers = (2 - 2 / L) * np.log(lam) + 2 * math.log(L) + (2 / L) * np.log(hard)
         apart = (hard / soft) ** (2 / L) - 1

@@ -74,7 +74,7 @@ def neuron_balance(
 
 @dataclass(frozen=True)
 class FlowAt:
-    """The letters of the theorems at a state of a flow in ``norm``, each found once.
+    """The letters of the theorems at a state of a flow in ``norm``, bound to its layout.
 
     Those of the exponential loss, ``lam``, ``H`` and ``soft``, raise ValueError for another."""
 
@@ -90,7 +90,7 @@ class FlowAt:
     @cached_property
     def size(self) -> Float[Tensor, " B"]:
         """‖w‖."""
-        return self.norm.bind(self.problem.layout).value(self.state.w)
+        return self.norm.value(self.state.w)
 
     @cached_property
     def h(self) -> Float[Tensor, "B P"]:
@@ -100,7 +100,7 @@ class FlowAt:
     @cached_property
     def slope(self) -> Float[Tensor, " B"]:
         """‖h‖_*."""
-        return self.norm.bind(self.problem.layout).dual(self.h)
+        return self.norm.dual(self.h)
 
     @property
     def radial_rise(self) -> Float[Tensor, " B"]:
