@@ -25,6 +25,7 @@ class Case:
     cut: SavePlan
     end: SavePlan
     resumes: bool = True  # bit for bit
+    selects: bool = True  # multipliers of kinks to rounding, not to the tolerance
 
     @cached_property
     def whole(self) -> fs.Trajectory:
@@ -48,7 +49,7 @@ def classified(net, loss=fs.exponential, scale=0.5):
 
 
 RELU = classified(fs.MLP([5, 6, 1], activation=fs.relu))
-LEAKY = classified(fs.MLP([5, 4, 1], activation=fs.leaky_relu(0.1)), fs.logistic)
+LEAKY = classified(fs.MLP([5, 4, 1], activation=fs.leaky_relu(0.1)))
 SMOOTH = classified(fs.MLP([5, 12, 1], activation=fs.squared_relu), scale=1.0)
 LINEAR = classified(fs.Linear(5))
 
@@ -58,18 +59,18 @@ BEGIN = -2.5  # of Λ: none of the starts is above it
 
 def flow(name, norm, model, end=8.0, **options):
     cut, until = fs.lam([0.4 * end + 0.6 * BEGIN]), fs.lam([end])
-    resumes = options.pop("resumes", True)
+    facts = {name: options.pop(name, True) for name in ("resumes", "selects")}
     if "arclength" in options:
         length = options.pop("arclength")
         cut, until = fs.arclength([length / 3]), fs.arclength([length])
-    return Case(name, fs.SteepestFlow(norm, **options), *model, cut, until, resumes)
+    return Case(name, fs.SteepestFlow(norm, **options), *model, cut, until, **facts)
 
 
 METHODS = [
     flow("sliding, relu", fs.L2(), RELU, rtol=1e-3),
     flow("sliding, leaky relu", fs.L2(), LEAKY, rtol=1e-3),
-    flow("movements, relu, linf", fs.Linf(), RELU, end=1.0, rtol=1e-2),
-    flow("movements, relu, l1", fs.L1(), RELU, end=-1.6, rtol=1e-2),
+    flow("movements, relu, linf", fs.Linf(), RELU, end=1.0, rtol=1e-2, selects=False),
+    flow("movements, relu, l1", fs.L1(), RELU, end=-1.6, rtol=1e-2, selects=False),
     flow("movements, linear, l3", fs.Lp(3.0), LINEAR),
     flow("pieces, l1", fs.L1(), LINEAR),
     flow("pieces, linf", fs.Linf(), LINEAR),
