@@ -71,7 +71,7 @@ class TorchOptimiser:
         return replace(state, memory=state.memory | own)
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        for row in pending(state, until).nonzero().flatten().split(1):
+        for row in pending(state, until).nonzero():
             one = self._advance_one(
                 problem.select(row), state.select(row), until.select(row), budget
             )

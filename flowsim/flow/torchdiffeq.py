@@ -47,7 +47,7 @@ class TorchDiffEq(Method):
                 f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on "
                 f"{until.clock.name}; try clock=flowsim.clocks.{until.clock.name.upper()}"
             )
-        for row in pending(state, until).nonzero().flatten().split(1):
+        for row in pending(state, until).nonzero():
             one = self._solve(
                 field, objective.select(row), state.select(row), until.select(row), budget
             )

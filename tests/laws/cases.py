@@ -42,23 +42,22 @@ class Case:
         return fs.simulate(self.problem, self.rule, start, until=until or self.end, strict=True)
 
 
-def classified(net, loss=fs.exponential, scale=0.5):
-    x, y = fs.data.gaussian_separable(12, 5, margin=0.3, seed=0)
+def classified(net, loss=fs.exponential, scale=0.5, n=12, d=5):
+    x, y = fs.data.gaussian_separable(n, d, margin=0.3, seed=0)
     problem = fs.Problem(net, x, y, loss=loss)
     return problem, net.init(seeds=[0, 1], scale=scale)
 
 
 RELU = classified(fs.MLP([5, 6, 1], activation=fs.relu))
+SMALL = classified(fs.MLP([3, 4, 1], activation=fs.relu), n=6, d=3)
 LEAKY = classified(fs.MLP([5, 4, 1], activation=fs.leaky_relu(0.1)))
 SMOOTH = classified(fs.MLP([5, 12, 1], activation=fs.squared_relu), scale=1.0)
 LINEAR = classified(fs.Linear(5))
 
 
-BEGIN = -2.5  # of Λ: none of the starts is above it
-
-
 def flow(name, norm, model, end=8.0, **options):
-    cut, until = fs.lam([0.4 * end + 0.6 * BEGIN]), fs.lam([end])
+    begin = float(model[0].lam(model[1]).max())
+    cut, until = fs.lam([0.6 * begin + 0.4 * end]), fs.lam([end])
     facts = {name: options.pop(name, True) for name in ("resumes", "selects")}
     if "arclength" in options:
         length = options.pop("arclength")
@@ -69,8 +68,8 @@ def flow(name, norm, model, end=8.0, **options):
 METHODS = [
     flow("sliding, relu", fs.L2(), RELU, rtol=1e-3),
     flow("sliding, leaky relu", fs.L2(), LEAKY, rtol=1e-3),
-    flow("movements, relu, linf", fs.Linf(), RELU, end=1.0, rtol=1e-2, selects=False),
-    flow("movements, relu, l1", fs.L1(), RELU, end=-1.6, rtol=1e-2, selects=False),
+    flow("movements, relu, linf", fs.Linf(), SMALL, end=0.0, rtol=1e-2, selects=False),
+    flow("movements, relu, l1", fs.L1(), SMALL, end=-1.2, rtol=1e-2, selects=False),
     flow("movements, linear, l3", fs.Lp(3.0), LINEAR),
     flow("pieces, l1", fs.L1(), LINEAR),
     flow("pieces, linf", fs.Linf(), LINEAR),

@@ -59,9 +59,8 @@ def test_batch_mates_change_a_trajectory_by_rounding_only(case):
 
 @every
 def test_save_points_do_not_change_the_path(case):
-    begun = case.rule.start(case.problem, case.w0).readings[case.end.clock.reading].max()
-    points = np.linspace(float(begun), case.end.stop, 7)[1:].round(6)
-    several = case.run(replace(case.end, points=tuple(points)))
+    often = replace(case.end, spread=lambda start, stop: np.linspace(start, stop, 7).tolist())
+    several = case.run(often)
     assert len(several["steps"]) == 7
     if case.resumes:
         assert_same(several.final, case.whole.final)
