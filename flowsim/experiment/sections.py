@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flowsim.descent.adam import AdaGrad, Adam, AdamW, RMSProp
-from flowsim.descent.learning_rates import Decay, LearningRateLike, LossBased, PerStep
+from flowsim.descent.learning_rates import Decay, LossBased, PerStep
 from flowsim.descent.minibatch import MiniBatches
 from flowsim.descent.momentum import Average, HeavyBall, Momentum, Nesterov
 from flowsim.descent.muon import Muon, NewtonSchulz
@@ -64,40 +64,47 @@ class Until(Part):
 # --------------------------------------------------------------------------------------------------
 
 
-class DecaySection(Part):
+class Made(Part):
+    """A section whose own keys are the arguments of what it ``makes``."""
+
+    makes: ClassVar[Callable[..., Any]]
+
+    def made(self) -> Any:
+        return self.makes(**{key: made(value) for key, value in self if key not in _FRAME})
+
+
+_FRAME = {"kind", "label", "until", "max_steps", "batch"}  # keys that are not a section's own
+
+
+def made(value: Any) -> Any:
+    """What a section describes, and any other value as it is."""
+    return value.made() if isinstance(value, Made) else value
+
+
+class DecaySection(Made):
     kind: Literal["decay"]
     lr: Positive
     power: Positive = 0.5
     delay: Positive = 1.0
-
-    def rate(self) -> LearningRateLike:
-        return Decay(self.lr, self.power, self.delay)
+    makes = Decay
 
 
-class LossBasedSection(Part):
+class LossBasedSection(Made):
     kind: Literal["loss_based"]
     lr: "Positive | DecaySection"
-
-    def rate(self) -> LearningRateLike:
-        return LossBased(_rate(self.lr))
+    makes = LossBased
 
 
-class PerStepSection(Part):
+class PerStepSection(Made):
     kind: Literal["per_step"]
     lr: Annotated[list[Positive], Field(min_length=1)]
-
-    def rate(self) -> LearningRateLike:
-        return PerStep(self.lr)
+    makes = PerStep
 
 
 Rate = (
     Positive
     | Annotated[DecaySection | LossBasedSection | PerStepSection, Field(discriminator="kind")]
 )
-
-
-def _rate(lr: Any) -> LearningRateLike:
-    return lr if isinstance(lr, float) else lr.rate()
 
 
 _MOMENTA: dict[str, Callable[[float], Momentum]] = {
@@ -107,11 +114,11 @@ _MOMENTA: dict[str, Callable[[float], Momentum]] = {
 }
 
 
-class MomentumSection(Part):
+class MomentumSection(Made):
     kind: Literal["heavy_ball", "nesterov", "average"]
     beta: Share = 0.9
 
-    def momentum(self) -> Momentum:
+    def made(self) -> Momentum:
         return _MOMENTA[self.kind](self.beta)
 
 
@@ -152,21 +159,16 @@ class SmallSteps(RulePart):
         return SmallStep(norm_from_word(self.norm, layout), self.dlam, self.relative)
 
 
-class DiscretePart(Moving):
-    """The keys of a method's own section are the arguments of what it ``makes``."""
-
+class DiscretePart(Moving, Made):
     lr: Rate
     batch: Batch | None = None
-    makes: ClassVar[Callable[..., Discrete]]
 
     def rule(self, layout: Layout) -> Rule:
         rule = self.discrete(layout)
         return rule if self.batch is None else MiniBatches(rule, **dict(self.batch))
 
     def discrete(self, layout: Layout) -> Discrete:
-        shared = {"kind", *DiscretePart.model_fields}
-        own = {key: value for key, value in self if key not in shared}
-        return self.makes(_rate(self.lr), **own)
+        return self.made()
 
 
 class Descent(DiscretePart):
@@ -179,9 +181,8 @@ class Descent(DiscretePart):
     def discrete(self, layout: Layout) -> Discrete:
         names = {"l1": "coordinate descent", "l2": "gradient descent", "linf": "sign descent"}
         norm = norm_from_word(self.norm, layout)
-        average = None if self.momentum is None else self.momentum.momentum()
-        lr, name = _rate(self.lr), names.get(norm.name, "")
-        return SteepestDescent(norm, lr, self.normalized, name, average, self.decay)
+        name, lr, momentum = names.get(norm.name, ""), made(self.lr), made(self.momentum)
+        return SteepestDescent(norm, lr, self.normalized, name, momentum, self.decay)
 
 
 class AdamSection(DiscretePart):
@@ -224,7 +225,7 @@ class MuonSection(DiscretePart):
 
     def discrete(self, layout: Layout) -> Discrete:
         polar = NewtonSchulz(self.newton_schulz) if self.newton_schulz else None
-        return Muon(_rate(self.lr), self.beta, self.nesterov, polar, decay=self.decay)
+        return Muon(made(self.lr), self.beta, self.nesterov, polar, decay=self.decay)
 
 
 class ShampooSection(DiscretePart):
