@@ -278,14 +278,14 @@ class ProductBall(BallIterate):
 def supports_ball(norm: Norm) -> bool:
     """Whether `ball_of` makes one for the norm: ℓ1, ℓ2, ℓ∞, ℓp, and their maximum over blocks."""
     if isinstance(norm, Max):
-        return all(supports_ball(part) for part in norm._norms())
+        return all(supports_ball(part) for part in norm.norms)
     return isinstance(norm, L1 | L2 | Linf | Lp)
 
 
 def ball_of(norm: Norm, g: Float[Tensor, " P"], mu: float, radius: float = 1.0) -> BallIterate:
     """A point well inside the ball of a (bound) norm, for gradients like g and products near μ."""
     if isinstance(norm, Max):
-        parts = norm._each(g)
+        parts = norm.blocks_of(g)
         return ProductBall.of(tuple(ball_of(p.norm, p.of(g), mu, p.scale) for p in parts))
     if isinstance(norm, Linf):
         return LinfBall.begin(g, mu, radius)

@@ -55,7 +55,7 @@ def norm_expression(norm: Norm, w: Any) -> Any:
     cp = _cvxpy()
     if isinstance(norm, Max | Sum | Euclidean):
         combine = {Max: cp.max, Sum: cp.sum, Euclidean: cp.norm2}[type(norm)]
-        parts = norm._bound
+        parts = norm.blocks
         return combine(cp.hstack([norm_expression(p.norm, p.of(w)) / p.scale for p in parts]))
     if isinstance(norm, Spectral | Nuclear):
         matrix = cp.reshape(w, norm.shape, order="C")

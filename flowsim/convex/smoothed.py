@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.norms import faces
 from flowsim.norms.blocks import Euclidean, Max, Sum
 from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
+from flowsim.numerics.batched import svd
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Curve:
 def supports_smoothing(norm: Norm) -> bool:
     """Whether `smoothed_dual` takes the norm."""
     if isinstance(norm, Max | Sum | Euclidean):
-        return all(supports_smoothing(part) for part in norm._norms())
+        return all(supports_smoothing(part) for part in norm.norms)
     return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
 
 
@@ -163,12 +163,12 @@ def _of_metric(norm: Norm, g: Tensor, mu: float) -> Smoothed:
 
 
 def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
-    u, s, v = faces.singular(norm._matrix(g))
+    u, s, v = svd(norm.as_matrix(g))
     curve = curved(norm.inner, s, mu)
 
     def hessian(rows: Tensor) -> Tensor:
         even, odd, edge = _quotients(s, curve, mu)
-        e = norm._matrix(rows)  # (k, m, n)
+        e = norm.as_matrix(rows)  # (k, m, n)
         left, right = _from_left(u.mT, e), e @ v
         core = _from_left(u.mT, right)
         twisted = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
@@ -212,7 +212,7 @@ def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor, Tens
 
 def _of_blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
     """φ(c_l N_l(g_l)) with the function φ that composes the dual norms, made smooth as well."""
-    parts = norm._each(g)
+    parts = norm.blocks_of(g)
     inner = [smoothed_dual(part.norm, part.of(g), mu) for part in parts]
     scale = g.new_tensor([part.scale for part in parts])
     value, slope, curvature = _composed(norm, scale * torch.stack([s.value for s in inner]), mu)

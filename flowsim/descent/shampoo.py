@@ -16,8 +16,8 @@ from flowsim.descent.rule import Discrete, Step, take
 from flowsim.layout import Block
 from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
-from flowsim.norms.faces import singular
 from flowsim.norms.norm import Norm
+from flowsim.numerics.batched import svd
 from flowsim.problems.objective import Objective
 
 
@@ -119,7 +119,7 @@ class Shampoo(Discrete):
             return left @ G @ right
         if len(moments) == 1:
             return _power(moments[0], eps, -2 * self.exponent) @ G
-        u, s, v = singular(G)
+        u, s, v = svd(G)
         s = torch.where(
             s <= max(G.shape[1:]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True), 0.0, s
         )

@@ -7,24 +7,24 @@ Sum over blocks      max_l c_l ||g_l||_*          the best block only
 Euclidean            sqrt(sum (c_l ||g_l||_*)^2)  every block, in proportion to c_l^2 ||g_l||_*
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import is_positive
 from flowsim.layout import Block, Layout
-from flowsim.norms import faces
-from flowsim.norms.faces import Face
+from flowsim.norms.faces import Face, Mixture, Product, Scaled, WholeBall, onto_mixture
 from flowsim.norms.matrix import Spectral
 from flowsim.norms.norm import Norm
-from flowsim.norms.vector import L2
+from flowsim.norms.vector import L1, L2, Linf
 
 
 @dataclass(frozen=True)
-class _Part:
+class NormedBlock:
     """A block of a layout with its norm (bound to the block) and its scale: ``||W||_l / c_l``."""
 
     block: Block
@@ -32,6 +32,7 @@ class _Part:
     scale: float
 
     def of(self, v: Tensor) -> Tensor:
+        """The block's part of flat weights, flat."""
         return v[..., self.block.slice]
 
     def value(self, v: Tensor) -> Tensor:
@@ -44,59 +45,63 @@ class _Part:
         return self.norm.steepest(self.of(g)) * self.scale
 
     def face(self, g: Tensor, atol: Tensor) -> Face:
-        return faces.Scaled(
-            g.new_full((), self.scale), self.norm._face(self.of(g), atol / self.scale)
-        )
+        return self._scaled(self.norm._face(self.of(g), atol / self.scale), g)
 
     def ball(self, v: Tensor) -> Face:
-        return faces.Scaled(
-            v.new_full((), self.scale), faces.WholeBall(self.norm, torch.zeros_like(self.of(v)))
-        )
+        return self._scaled(WholeBall(self.norm, torch.zeros_like(self.of(v))), v)
+
+    def _scaled(self, face: Face, v: Tensor) -> Face:
+        return Scaled(v.new_full((), self.scale), face)
 
 
 @dataclass(frozen=True, eq=False)
 class _Blocks(Norm):
-    """What the block norms share: one norm per block of a layout.
+    """What the block norms share: one norm per block of a layout, and a vector norm ``outer`` of
+    the blocks' norms.
 
     ``parts`` maps each block's name to a norm, or is one norm used on every block; ``scales`` maps
-    names to positive numbers c_l, 1 where not given.  Raises ValueError for nested block norms,
-    missing or unknown names, and scales that are not positive."""
+    names to positive numbers c_l, 1 where not given; ``blocks`` is empty until `bind`.  Raises
+    ValueError for nested block norms, missing or unknown names, and scales that are not
+    positive."""
 
     parts: Mapping[str, Norm] | Norm
     scales: Mapping[str, float] | None = None
     _: KW_ONLY
-    _bound: tuple[_Part, ...] = field(default=(), repr=False)
+    blocks: tuple[NormedBlock, ...] = field(default=(), repr=False)
 
     word: ClassVar[str]
+    outer: ClassVar[Norm]
+    ties = True
 
     def __post_init__(self) -> None:
-        for norm in self._norms():
+        for norm in self.norms:
             if isinstance(norm, _Blocks) or not isinstance(norm, Norm):
                 raise ValueError(
-                    f"got {norm!r} inside {type(self).__name__}(...), expected a norm of one block, try L2()"
+                    f"got {norm!r} inside {type(self).__name__}(...), expected a norm of one "
+                    "block, try L2()"
                 )
         for name, scale in (self.scales or {}).items():
-            if not 0 < scale < math.inf:
+            if not is_positive(scale):
                 raise ValueError(
                     f"got scale {scale} for block {name!r}, expected a positive number, try 1.0"
                 )
 
     @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The blocks' norms, or the one of all."""
+        return (self.parts,) if isinstance(self.parts, Norm) else tuple(self.parts.values())
+
+    @property
     def name(self) -> str:
         if isinstance(self.parts, Norm):
             return f"{self.word}({self.parts.name})"
-        return (
-            f"{self.word}({','.join(f'{block}:{norm.name}' for block, norm in self.parts.items())})"
-        )
+        inner = [f"{block}:{norm.name}" for block, norm in self.parts.items()]
+        return f"{self.word}({','.join(inner)})"
 
     @property
     def symbol(self) -> str:
-        inner = dict.fromkeys(norm.symbol.strip("$") for norm in self._norms())
+        inner = dict.fromkeys(norm.symbol.strip("$") for norm in self.norms)
         return rf"$\mathrm{{{self.word}}}({', '.join(inner)})$"
-
-    @property
-    def ties(self) -> bool:
-        return True
 
     def bind(self, layout: Layout) -> Self:
         names = [block.name for block in layout]
@@ -104,44 +109,58 @@ class _Blocks(Norm):
         scales = self.scales or {}
         if set(parts) != set(names) or not set(scales) <= set(names):
             raise ValueError(
-                f"got norms for {list(parts)} and scales for {list(scales)}, expected the layout's blocks "
-                f"{names}, try one norm for each of them or modular(layout)"
+                f"got norms for {list(parts)} and scales for {list(scales)}, expected the layout's "
+                f"blocks {names}, try one norm for each of them or modular(layout)"
             )
-        alone = {block.name: (Block(block.name, 0, block.shape),) for block in layout}
-        bound = [
-            _Part(b, parts[b.name].bind(alone[b.name]), float(scales.get(b.name, 1.0)))
-            for b in layout
-        ]
-        return replace(self, _bound=tuple(bound))
 
-    def _norms(self) -> list[Norm]:
-        return [self.parts] if isinstance(self.parts, Norm) else list(self.parts.values())
+        def normed(block: Block) -> NormedBlock:
+            norm = parts[block.name].bind((replace(block, start=0),))
+            return NormedBlock(block, norm, float(scales.get(block.name, 1.0)))
 
-    def _each(self, v: Tensor) -> tuple[_Part, ...]:
-        if not self._bound:
+        return replace(self, blocks=tuple(normed(block) for block in layout))
+
+    def blocks_of(self, v: Tensor) -> tuple[NormedBlock, ...]:
+        """``blocks``. Raises ValueError where the norm is not bound, or to weights other than
+        v's."""
+        if not self.blocks:
             raise ValueError(
-                f"got the norm {self.name!r} without a layout, expected a bound norm, try norm.bind(net.layout)"
+                f"got the norm {self.name!r} without a layout, expected a bound norm, "
+                "try norm.bind(net.layout)"
             )
-        if v.shape[-1] != (size := sum(part.block.size for part in self._bound)):
+        size = sum(part.block.size for part in self.blocks)
+        if v.shape[-1] != size:
             raise ValueError(
-                f"got {v.shape[-1]} weights for the norm {self.name!r}, expected {size} by its layout, "
-                "try norm.bind(layout) with the layout of these weights"
+                f"got {v.shape[-1]} weights for the norm {self.name!r}, expected {size} by its "
+                "layout, try norm.bind(layout) with the layout of these weights"
             )
-        return self._bound
+        return self.blocks
+
+    def value(self, v: Tensor) -> Tensor:
+        return self.outer.value(torch.stack([part.value(v) for part in self.blocks_of(v)], -1))
+
+    def dual(self, g: Tensor) -> Tensor:
+        return self.outer.dual(self._duals(g))
+
+    def steepest(self, g: Tensor) -> Tensor:
+        moves = self._moves(g)
+        parts = [moves[..., l, None] * part.steepest(g) for l, part in enumerate(self.blocks)]
+        return torch.cat(parts, -1)
+
+    def _duals(self, g: Tensor) -> Float[Tensor, "*batch L"]:
+        return torch.stack([part.dual(g) for part in self.blocks_of(g)], -1)
+
+    def _moves(self, g: Tensor) -> Float[Tensor, "*batch L"]:
+        """How far each block moves in its own norm."""
+        return self.outer.steepest(self._duals(g))
+
+    def _onto_ball(self, v: Tensor, *, power: int) -> Tensor:
+        """`_nearest` where the ball is ``sum_l r_l^power <= 1`` in the blocks' norms r_l."""
+        balls = [(part.ball(v), part.of(v)) for part in self.blocks_of(v)]
+        every = torch.ones_like(self._duals(v), dtype=torch.bool)
+        return onto_mixture(balls, every, power=power)
 
     def _slices(self) -> tuple[slice, ...]:
-        return tuple(part.block.slice for part in self._bound)
-
-    def _values(self, v: Tensor) -> Tensor:
-        return torch.stack([part.value(v) for part in self._each(v)], -1)
-
-    def _duals(self, g: Tensor) -> Tensor:
-        return torch.stack([part.dual(g) for part in self._each(g)], -1)
-
-    def _mix(self, v: Tensor, power: int) -> Tensor:
-        balls = [part.ball(v) for part in self._each(v)]
-        tied = torch.ones_like(self._values(v), dtype=torch.bool)
-        return faces.mix([part.of(v) for part in self._each(v)], balls, tied, power=power)
+        return tuple(part.block.slice for part in self.blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,30 +169,19 @@ class Max(_Blocks):
     2024).
 
     >>> from flowsim.layout import lay_out
-    >>> from flowsim.norms.vector import Linf
     >>> norm = Max({"W": Spectral(), "b": Linf()}).bind(lay_out({"W": (1, 2), "b": (2,)}))
     >>> norm.steepest(torch.tensor([3.0, 4.0, -7.0, 0.0]))
     tensor([ 0.6000,  0.8000, -1.0000,  0.0000])
     """
 
-    word: ClassVar[str] = "max"
-
-    def value(self, v: Tensor) -> Tensor:
-        return self._values(v).amax(-1)
-
-    def dual(self, g: Tensor) -> Tensor:
-        return self._duals(g).sum(-1)
-
-    def steepest(self, g: Tensor) -> Tensor:
-        # a block with zero gradient stays, as its face is a whole ball; the others still have norm
-        # 1
-        return torch.cat([part.steepest(g) for part in self._each(g)], -1)
+    word = "max"
+    outer = Linf()
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return torch.cat([part.ball(v).project(part.of(v)) for part in self._each(v)], -1)
+        return torch.cat([part.ball(v).project(part.of(v)) for part in self.blocks_of(v)], -1)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        return faces.Product(self._slices(), tuple(part.face(g, atol) for part in self._each(g)))
+        return Product(self._slices(), tuple(part.face(g, atol) for part in self.blocks_of(g)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,27 +189,15 @@ class Sum(_Blocks):
     """``sum_l ||W_l||_l / c_l``: only the block of largest ``c_l ||g_l||_*`` moves, at a tie the
     first."""
 
-    word: ClassVar[str] = "sum"
-
-    def value(self, v: Tensor) -> Tensor:
-        return self._values(v).sum(-1)
-
-    def dual(self, g: Tensor) -> Tensor:
-        return self._duals(g).amax(-1)
-
-    def steepest(self, g: Tensor) -> Tensor:
-        first = self._duals(g).argmax(-1, keepdim=True)
-        parts = enumerate(self._each(g))
-        return torch.cat([torch.where(first == i, part.steepest(g), 0.0) for i, part in parts], -1)
+    word = "sum"
+    outer = L1()
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return self._mix(v, power=1)
+        return self._onto_ball(v, power=1)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         tied = self._duals(g) >= (self.dual(g) - atol)[..., None]
-        return faces.Mixture(
-            self._slices(), tuple(part.face(g, atol) for part in self._each(g)), tied
-        )
+        return Mixture(self._slices(), tuple(part.face(g, atol) for part in self.blocks), tied)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,39 +205,28 @@ class Euclidean(_Blocks):
     """``sqrt(sum_l (||W_l||_l / c_l)^2)``: each block its own flow, at c_l^2 ||g_l||_* /
     ||g||_*."""
 
-    word: ClassVar[str] = "euclidean"
+    word = "euclidean"
+    outer = L2()
 
     @property
-    def ties(self) -> bool:
-        return any(norm.ties for norm in self._norms())
+    def ties(self) -> bool:  # type: ignore[override]
+        return any(norm.ties for norm in self.norms)
 
     @property
     def quadratic(self) -> bool:  # type: ignore[override]
-        return all(norm.quadratic for norm in self._norms())
-
-    def value(self, v: Tensor) -> Tensor:
-        return L2().value(self._values(v))
-
-    def dual(self, g: Tensor) -> Tensor:
-        return L2().value(self._duals(g))
-
-    def steepest(self, g: Tensor) -> Tensor:
-        share = L2().steepest(self._duals(g))
-        return torch.cat(
-            [share[..., i, None] * part.steepest(g) for i, part in enumerate(self._each(g))], -1
-        )
+        return all(norm.quadratic for norm in self.norms)
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return self._mix(v, power=2)
+        return self._onto_ball(v, power=2)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        # blocks are independent, so each judges its ties by its own share of the gradient
-        share = L2().steepest(self._duals(g))
-        each = [(share[..., i], part) for i, part in enumerate(self._each(g))]
-        return faces.Product(
-            self._slices(),
-            tuple(faces.Scaled(weight, part.face(g, atol * weight)) for weight, part in each),
-        )
+        # blocks are independent, so each judges its ties by how far it moves
+        moves = self._moves(g).unbind(-1)
+        faces = [
+            Scaled(move, part.face(g, atol * move))
+            for move, part in zip(moves, self.blocks, strict=True)
+        ]
+        return Product(self._slices(), tuple(faces))
 
 
 def modular(layout: Layout, scales: Mapping[str, float] | None = None) -> Max:
@@ -252,6 +237,5 @@ def modular(layout: Layout, scales: Mapping[str, float] | None = None) -> Max:
     >>> modular(lay_out({"W1": (3, 2), "b1": (3,)})).name
     'max(W1:spectral,b1:l2)'
     """
-    return Max({b.name: Spectral() if len(b.shape) > 1 else L2() for b in layout}, scales).bind(
-        layout
-    )
+    norms = {b.name: Spectral() if len(b.shape) > 1 else L2() for b in layout}
+    return Max(norms, scales).bind(layout)

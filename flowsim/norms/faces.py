@@ -6,26 +6,25 @@ every point of
     F(g) = argmax { <g, v> : ||v|| <= 1 }
 
 is a steepest direction: a face of the ball.  A flow that slides along a tie needs the whole face,
-because its velocity is the point of F that minimises the quadratic form of the loss' curvature
-(`Face.minimise`).
+because its velocity is the point of F that minimises the quadratic form of the loss' curvature.
 
 Rows of a batch may be tied in different ways, so ties are masks and never lists.  From plain to
 composed:
 
-    Point         smooth norms
+    Single        smooth norms
     Box           l-infinity: signs, free where the gradient is zero
     Simplex       l1: signed corners of the tied coordinates
     Contraction   spectral norm: the polar factor, plus a contraction on the null spaces
     Spectraplex   nuclear norm: a density matrix between the top singular spaces
-    Ball          the whole unit ball, where the gradient is zero
-    Either        one face or another, row by row
+    WholeBall     the whole unit ball, where the gradient is zero
+    RowByRow      one face or another, row by row
     Scaled        a multiple of a face
     Product       block by block
-    Hull          a mixture of blocks
+    Mixture       a mixture of blocks
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +32,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.numerics.roots import root
+from flowsim.numerics.batched import dot, eigh, from_svd, svd
+from flowsim.numerics.roots import find_zero
+from flowsim.numerics.scaling import length
 
 
 class Face(ABC):
@@ -61,103 +62,8 @@ class Face(ABC):
         ``tol`` is never taken below 128 units of rounding, which a projection through an SVD may
         cost."""
         nearest = self.project(v)
-        size = torch.maximum(_length(v), _length(nearest))
-        return _length(v - nearest) <= max(tol, 128 * torch.finfo(v.dtype).eps) * size
-
-    def minimise(
-        self,
-        hvp: Callable[[Tensor], Tensor],
-        *,
-        start: Float[Tensor, "*batch P"] | None = None,
-        tol: float = 1e-10,
-        max_steps: int = 2000,
-    ) -> Float[Tensor, "*batch P"]:
-        """A point of the face where ``v^T H v / 2`` is least; H positive semidefinite, ``hvp(v) = H
-        v``.
-
-        Accelerated projected gradient (Beck and Teboulle 2009) with restart (O'Donoghue and Candes
-        2015). The step 1/L starts from the curvature along the first projected step and L doubles
-        where the quadratic bound fails, so curvature off the face does not slow it.  One ``hvp``
-        per step, called with the batch's shape.
-
-        A row stops when a step moves it by at most ``tol`` (not below 8 units of rounding) times
-        its length; its distance to the minimiser is then about ``tol`` times the condition number
-        of H along the face. After ``max_steps`` the point of smallest such residual is returned.
-        Rows never influence each other. Where H is singular along the face the minimiser is not
-        unique; starting from `element` (the default) leaves at zero the coordinates that H does not
-        see."""
-        v = self.element() if start is None else self.project(start)
-        tol = max(tol, 8 * torch.finfo(v.dtype).eps)
-        search = _Search.begin(self, hvp, v)
-        for _ in range(max_steps):
-            search = search.step(self, hvp, tol)
-            if bool(search.done.all()):
-                break
-        return search.best
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Where `Face.minimise` stands, row by row; ``y`` extrapolates ``v``, and H v and H y come
-    along."""
-
-    v: Tensor
-    hv: Tensor
-    y: Tensor
-    hy: Tensor
-    lipschitz: Tensor
-    momentum: Tensor
-    best: Tensor
-    residual: Tensor
-    size: Tensor
-    done: Tensor
-
-    @staticmethod
-    def begin(face: Face, hvp: Callable[[Tensor], Tensor], v: Tensor) -> "_Search":
-        hv = hvp(v)
-        # two tries at a step about as long as v: most of hv may point off the face
-        step = _ratio(_length(v), _length(hv))[..., None]
-        step = step * _ratio(_length(v), _length(face.project(v - step * hv) - v))[..., None]
-        d = face.project(v - step * hv) - v
-        along = torch.maximum(_dot(d, hvp(v + d) - hv), 1e-3 * _dot(d, hv).abs())
-        lipschitz = _ratio(along, _dot(d, d))
-        # d = 0 means that v is optimal already, and any positive number will do
-        lipschitz = torch.where(lipschitz > 0, lipschitz, 1.0)
-        one, never = torch.ones_like(lipschitz), torch.zeros_like(lipschitz, dtype=torch.bool)
-        return _Search(
-            v, hv, v, hv, lipschitz, one, v, torch.full_like(one, torch.inf), _length(v), never
-        )
-
-    def step(self, face: Face, hvp: Callable[[Tensor], Tensor], tol: float) -> "_Search":
-        new = face.project(self.y - self.hy / self.lipschitz[..., None])
-        hnew = hvp(new)
-        d = new - self.y
-        too_long = _dot(d, hnew - self.hy) > self.lipschitz * _dot(d, d) * (1 + 1e-6)
-        moves = ~self.done & ~too_long
-        residual = _length(d)
-        # written so that a NaN, which no further step can mend, counts as done
-        done = self.done | (moves & ~(residual > tol * torch.maximum(self.size, _length(new))))
-        better = moves & ~(residual >= self.residual)
-
-        restart = _dot(-d, new - self.v) > 0
-        momentum = torch.where(restart, 1.0, (1 + (1 + 4 * self.momentum**2).sqrt()) / 2)
-        carry = torch.where(restart, 0.0, (self.momentum - 1) / momentum)[..., None]
-
-        def pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-            return torch.where(mask[..., None], yes, no)
-
-        return _Search(
-            v=pick(moves, new, self.v),
-            hv=pick(moves, hnew, self.hv),
-            y=pick(moves, new + carry * (new - self.v), self.y),
-            hy=pick(moves, hnew + carry * (hnew - self.hv), self.hy),
-            lipschitz=torch.where(too_long & ~self.done, 2 * self.lipschitz, self.lipschitz),
-            momentum=torch.where(moves, momentum, self.momentum),
-            best=pick(better, new, self.best),
-            residual=torch.where(better, residual, self.residual),
-            size=self.size,
-            done=done,
-        )
+        relative = max(tol, 128 * torch.finfo(v.dtype).eps)
+        return length(v - nearest) <= relative * torch.maximum(length(v), length(nearest))
 
 
 @dataclass(frozen=True)
@@ -170,7 +76,7 @@ class Single(Face):
         return self.at
 
     def support(self, c: Tensor) -> Tensor:
-        return _dot(c, self.at)
+        return dot(c, self.at)
 
     def project(self, v: Tensor) -> Tensor:
         return self.at.expand_as(v + self.at)
@@ -207,7 +113,7 @@ class Simplex(Face):
         return torch.where(self.signs != 0, c * self.signs, -torch.inf).amax(-1)
 
     def project(self, v: Tensor) -> Tensor:
-        return self.signs * simplex(v * self.signs, self.signs != 0)
+        return self.signs * onto_simplex(v * self.signs, self.signs != 0)
 
 
 @dataclass(frozen=True)
@@ -225,19 +131,19 @@ class Contraction(Face):
         return (self.u @ self.v.mT).flatten(-2)
 
     def support(self, c: Tensor) -> Tensor:
-        return _dot(c, self.element()) + singular(self._free(c))[1].sum(-1)
+        _, s, _ = svd(self._free(c))
+        return dot(c, self.element()) + s.sum(-1)
 
     def project(self, v: Tensor) -> Tensor:
-        left, s, right = singular(self._free(v))
+        left, s, right = svd(self._free(v))
         clipped = (left * s.clamp(max=1.0)[..., None, :]) @ right.mT
         # again free, as rounding tilts the singular vectors of values far below the largest
         return self.element() + self._free(clipped.flatten(-2)).flatten(-2)
 
-    def _free(self, v: Tensor) -> Tensor:
+    def _free(self, v: Tensor) -> Float[Tensor, "*batch m n"]:
+        """P W Q, projected twice: once leaves a rounding error of the size of W (Parlett 1980)."""
         w = v.unflatten(-1, (self.u.shape[-2], self.v.shape[-2]))
-        for _ in range(
-            2
-        ):  # once leaves a rounding error of the size of v; twice is enough (Parlett 1980)
+        for _ in range(2):
             w = w - self.u @ (self.u.mT @ w)
             w = w - (w @ self.v) @ self.v.mT
         return w
@@ -253,24 +159,25 @@ class Spectraplex(Face):
     top: Tensor
 
     def element(self) -> Tensor:
-        weight = self.top.to(self.u) / self.top.sum(-1, keepdim=True)
-        return ((self.u * weight[..., None, :]) @ self.v.mT).flatten(-2)
+        weights = self.top.to(self.u) / self.top.sum(-1, keepdim=True)
+        return from_svd(self.u, weights, self.v)
 
     def support(self, c: Tensor) -> Tensor:
-        return _eigen(self._core(c))[0].amax(-1)
+        values, _ = eigh(self._core(c))
+        return values.amax(-1)
 
     def project(self, v: Tensor) -> Tensor:
-        weight, q = _eigen(self._core(v))
-        return (((self.u @ q) * simplex(weight)[..., None, :]) @ (self.v @ q).mT).flatten(-2)
+        values, basis = eigh(self._core(v))
+        return from_svd(self.u @ basis, onto_simplex(values), self.v @ basis)
 
-    def _core(self, v: Tensor) -> Tensor:
+    def _core(self, v: Tensor) -> Float[Tensor, "*batch k k"]:
         """The symmetric part of U^T W V on the top; elsewhere an eigenvalue too low to be
         chosen."""
         w = self.u.mT @ v.unflatten(-1, (self.u.shape[-2], self.v.shape[-2])) @ self.v
         tied = self.top[..., :, None] & self.top[..., None, :]
         w = torch.where(tied, (w + w.mT) / 2, 0.0)
-        # every tied eigenvalue is at least -|w|, and `simplex` ignores what is 1 below the largest
-        low = torch.where(self.top, 0.0, -2 - 2 * _length(w.flatten(-2))[..., None])
+        # tied eigenvalues are at least -|w|, and `onto_simplex` ignores what is 1 below the largest
+        low = torch.where(self.top, 0.0, -2 - 2 * length(w.flatten(-2))[..., None])
         return w + torch.diag_embed(low)
 
 
@@ -339,102 +246,124 @@ class Scaled(Face):
 
 
 @dataclass(frozen=True)
-class Product(Face):
-    """``v[slice_l]`` in ``faces[l]``, each block on its own; the slices follow each other."""
+class _OfBlocks(Face):
+    """Faces of the blocks, which follow each other in the flat vector."""
 
     slices: tuple[slice, ...]
     faces: tuple[Face, ...]
+
+    def _pairs(self, v: Tensor) -> Iterator[tuple[Face, Tensor]]:
+        """Each block's face and part of v."""
+        return zip(self.faces, [v[..., part] for part in self.slices], strict=True)
+
+
+@dataclass(frozen=True)
+class Product(_OfBlocks):
+    """Each block in its own face."""
 
     def element(self) -> Tensor:
         return torch.cat([face.element() for face in self.faces], -1)
 
     def support(self, c: Tensor) -> Tensor:
-        return sum((f.support(c[..., s]) for s, f in self._pairs()), start=c.new_zeros(()))
+        return sum((face.support(part) for face, part in self._pairs(c)), start=c.new_zeros(()))
 
     def project(self, v: Tensor) -> Tensor:
-        return torch.cat([f.project(v[..., s]) for s, f in self._pairs()], -1)
-
-    def _pairs(self) -> zip:
-        return zip(self.slices, self.faces, strict=True)
+        return torch.cat([face.project(part) for face, part in self._pairs(v)], -1)
 
 
 @dataclass(frozen=True)
-class Mixture(Face):
-    """``v[slice_l]`` in ``r_l * faces[l]``, r in the simplex of the blocks in ``tied (*batch,
-    L)``."""
+class Mixture(_OfBlocks):
+    """Block l in ``r_l * faces[l]``, r in the simplex of the blocks in ``tied (*batch, L)``."""
 
-    slices: tuple[slice, ...]
-    faces: tuple[Face, ...]
     tied: Tensor
 
     def element(self) -> Tensor:
-        return self.project(
-            torch.cat([torch.zeros_like(face.element()) for face in self.faces], -1)
-        )
+        zeros = [torch.zeros_like(face.element()) for face in self.faces]
+        return self.project(torch.cat(zeros, -1))
 
     def support(self, c: Tensor) -> Tensor:
-        supports = [f.support(c[..., s]) for s, f in zip(self.slices, self.faces, strict=True)]
-        return torch.where(self.tied, torch.stack(supports, -1), -torch.inf).amax(-1)
+        supports = torch.stack([face.support(part) for face, part in self._pairs(c)], -1)
+        return torch.where(self.tied, supports, -torch.inf).amax(-1)
 
     def project(self, v: Tensor) -> Tensor:
-        return mix([v[..., s] for s in self.slices], self.faces, self.tied, power=1)
+        return onto_mixture(list(self._pairs(v)), self.tied, power=1)
 
 
-def mix(
-    blocks: Sequence[Tensor], faces: Sequence[Face], tied: Bool[Tensor, "*batch L"], *, power: int
+def onto_mixture(
+    blocks: list[tuple[Face, Tensor]], tied: Bool[Tensor, "*batch L"], *, power: int
 ) -> Float[Tensor, "*batch P"]:
-    """The x nearest to ``blocks`` with ``x_l`` in ``r_l faces[l]``, ``r >= 0``, ``sum_l r_l^power =
-    1``.
+    """The x nearest to the blocks v_l with ``x_l`` in ``r_l F_l``, ``r >= 0``, ``sum_l r_l^power =
+    1``; only ``tied`` blocks have r_l > 0.
 
-    Only ``tied`` blocks have r_l > 0.  With x_l(r) the projection of v_l onto r F_l, half the
-    squared distance is convex in r with derivative -slope_l(r), slope_l(r) = <v_l - x_l, x_l> / r.
-    Optimal radii share a multiplier mu: slope_l(r_l) = mu r_l^(power - 1), or r_l = 0.  So a root
-    for each radius sits inside a root for mu.  Where the faces are unit balls, v must lie outside
-    the mixture."""
+    With x_l(r) the projection of v_l onto r F_l, half the squared distance is convex in r with
+    derivative -slope_l(r).  Optimal radii share a multiplier mu: slope_l(r_l) = mu r_l^(power - 1),
+    or r_l = 0.  So a root for each radius sits inside a root for mu.  Where the faces are unit
+    balls, v must lie outside the mixture."""
+    kept = [
+        _Ray(face, torch.where(tied[..., l, None], v, 0.0)) for l, (face, v) in enumerate(blocks)
+    ]
+    few = kept[0].few
+    zero = torch.zeros_like(length(kept[0].v) * tied[..., 0])
 
-    def slope(v: Tensor, face: Face, r: Tensor) -> Tensor:
-        inside = _dot(v - (x := Scaled(r, face).project(v)), x) / torch.where(r > 0, r, 1.0)
-        return torch.where(r > 0, inside, face.support(v))
+    def radii(mu: Tensor) -> Float[Tensor, "*batch L"]:
+        return torch.where(tied, torch.stack([ray.radius(mu, power) for ray in kept], -1), 0.0)
 
-    few = 4 * torch.finfo(blocks[0].dtype).eps
-    kept = [torch.where(tied[..., i, None], v, 0.0) for i, v in enumerate(blocks)]
-    pairs = list(zip(kept, faces, strict=True))
-    zero = torch.zeros_like(_length(blocks[0]) * tied[..., 0])
+    def excess(mu: Tensor) -> Tensor:
+        return (radii(mu) ** power).sum(-1) - 1
 
-    def radius(v: Tensor, face: Face, mu: Tensor) -> Tensor:
-        noise = few * _length(v) * _length(face.project(v))
-        return root(
-            lambda r: slope(v, face, r) - mu * r ** (power - 1),
-            zero,
-            zero + 1,
-            xtol=few,
-            ftol=noise,
-        )
-
-    def radii(mu: Tensor) -> Tensor:
-        return torch.where(tied, torch.stack([radius(v, f, mu) for v, f in pairs], -1), 0.0)
-
-    at_zero = torch.stack([slope(v, f, zero) for v, f in pairs], -1)
+    at_zero = torch.stack([ray.slope(zero) for ray in kept], -1)
+    low, high = zero, length(at_zero)
     if power == 1:
         # at the largest slope(1) one block alone uses up sum r = 1, at the largest slope(0) every r
         # is 0
-        at_one = torch.stack([slope(v, f, zero + 1) for v, f in pairs], -1)
-        low = torch.where(tied, at_one, -torch.inf).amax(-1)
-        high = torch.where(tied, at_zero, -torch.inf).amax(-1)
-    else:
-        low, high = zero, _length(at_zero)
-    r = radii(root(lambda mu: (radii(mu) ** power).sum(-1) - 1, low, high, xtol=few / 64, ftol=few))
+        at_one = torch.stack([ray.slope(zero + 1) for ray in kept], -1)
+        low, high = (torch.where(tied, end, -torch.inf).amax(-1) for end in (at_one, at_zero))
+    r = radii(find_zero(excess, low, high, xtol=few / 64, ftol=few))
     r = r / (r**power).sum(-1, keepdim=True) ** (1 / power)
-    return torch.cat([Scaled(r[..., i], f).project(v) for i, (v, f) in enumerate(pairs)], -1)
+    return torch.cat([ray.nearest(r[..., l]) for l, ray in enumerate(kept)], -1)
 
 
-def simplex(
+@dataclass(frozen=True)
+class _Ray:
+    """The multiples r F of a face, and a point v to approach."""
+
+    face: Face
+    v: Tensor
+
+    @property
+    def few(self) -> float:
+        return 4 * torch.finfo(self.v.dtype).eps
+
+    def nearest(self, r: Tensor) -> Tensor:
+        """x(r), the projection of v onto r F."""
+        return Scaled(r, self.face).project(self.v)
+
+    def slope(self, r: Tensor) -> Tensor:
+        """<v - x(r), x(r)> / r: how fast half the squared distance falls with r."""
+        x = self.nearest(r)
+        inside = dot(self.v - x, x) / torch.where(r > 0, r, 1.0)
+        return torch.where(r > 0, inside, self.face.support(self.v))
+
+    def radius(self, mu: Tensor, power: int) -> Tensor:
+        """The r in [0, 1] with slope(r) = mu r^(power - 1), or the nearer end."""
+        noise = self.few * length(self.v) * length(self.face.project(self.v))
+        zero = torch.zeros_like(mu)
+        return find_zero(
+            lambda r: self.slope(r) - mu * r ** (power - 1),
+            zero,
+            zero + 1,
+            xtol=self.few,
+            ftol=noise,
+        )
+
+
+def onto_simplex(
     u: Float[Tensor, "*batch k"], allowed: Tensor | None = None
 ) -> Float[Tensor, "*batch k"]:
     """The point of the unit simplex nearest to ``u``, zero off ``allowed`` (Held, Wolfe and Crowder
     1974).
 
-    >>> simplex(torch.tensor([0.5, 0.25, -3.0]))
+    >>> onto_simplex(torch.tensor([0.5, 0.25, -3.0]))
     tensor([0.6250, 0.3750, 0.0000])
     """
     if allowed is not None:
@@ -448,32 +377,3 @@ def simplex(
     kept = (ordered * count > excess).sum(-1, keepdim=True).clamp(min=1)
     x = (u - excess.gather(-1, kept - 1) / kept).clamp(min=0.0)
     return x / x.sum(-1, keepdim=True)
-
-
-def singular(w: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor, Tensor]:
-    """``u (*batch, m, k)``, ``s (*batch, k)``, ``v (*batch, n, k)`` with ``w = u diag(s) v^T``.
-
-    NaN where w is not finite: LAPACK refuses a whole batch for one row that is not finite, hence
-    the detour."""
-    fine = torch.isfinite(w).all(-1).all(-1)
-    u, s, vt = torch.linalg.svd(torch.where(fine[..., None, None], w, 0.0), full_matrices=False)
-    bad = torch.where(fine, 0.0, torch.nan).to(w.dtype)
-    return u + bad[..., None, None], s + bad[..., None], vt.mT + bad[..., None, None]
-
-
-def _eigen(w: Tensor) -> tuple[Tensor, Tensor]:
-    fine = torch.isfinite(w).all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(fine[..., None, None], w, 0.0))
-    return values + torch.where(fine, 0.0, torch.nan).to(w.dtype)[..., None], vectors
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1)
-
-
-def _length(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1)
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)

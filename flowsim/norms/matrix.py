@@ -12,14 +12,15 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_exponent
 from flowsim.layout import Layout
-from flowsim.norms import faces
-from flowsim.norms.faces import Face
+from flowsim.norms.faces import Contraction, Face, Spectraplex
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, Linf, Lp
+from flowsim.numerics.batched import from_svd, singular_values, svd
 from flowsim.numerics.scaling import nonzero, scaled
 
 
@@ -52,52 +53,46 @@ class _Singular(Norm):
         if len(layout) != 1 or len(layout[0].shape) < 2:
             got = ", ".join(f"{block.name} {block.shape}" for block in layout)
             raise ValueError(
-                f"got blocks {got} for the norm {self.name!r}, expected exactly one block with two or more "
-                "dimensions, try modular(layout) or Max({block: norm, ...}), which take one norm per block"
+                f"got blocks {got} for the norm {self.name!r}, expected exactly one block with two "
+                "or more dimensions, try modular(layout) or Max({block: norm, ...}), which take "
+                "one norm per block"
             )
         out, *rest = layout[0].shape
         return replace(self, shape=(out, math.prod(rest)))
 
     def value(self, v: Tensor) -> Tensor:
-        s, size = self._values(v)
-        return size * self.inner.value(s)
+        u, largest = scaled(v)
+        return largest * self.inner.value(singular_values(self.as_matrix(u)))
 
     def dual(self, g: Tensor) -> Tensor:
-        s, size = self._values(g)
-        return size * self.inner.dual(s)
+        u, largest = scaled(g)
+        return largest * self.inner.dual(singular_values(self.as_matrix(u)))
 
     def steepest(self, g: Tensor) -> Tensor:
-        u, s, v, _ = self._svd(g)
-        return _assemble(u, self.inner.steepest(s), v)
+        u, s, v = self._svd(g)
+        return from_svd(u, self.inner.steepest(s), v)
 
     def _nearest(self, v: Tensor) -> Tensor:
-        left, s, right = faces.singular(self._matrix(v))
-        return _assemble(left, self.inner.project(s), right)
+        left, s, right = svd(self.as_matrix(v))
+        return from_svd(left, self.inner.project(s), right)
 
-    def _values(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        u, size = scaled(v)
-        fine = torch.isfinite(u).all(-1)
-        s = torch.linalg.svdvals(self._matrix(torch.where(fine[..., None], u, 0.0)))
-        return torch.where(fine[..., None], s, torch.nan), size
+    def _svd(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, s, v of g over its largest entry; s within rounding of 0 is 0."""
+        u, s, v = svd(self.as_matrix(scaled(g)[0]))
+        return u, torch.where(s <= _rounding(u, s, v), 0.0, s), v
 
-    def _svd(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u, s, v and the rounding error of s, for g over its largest entry; s within rounding of 0
-        is 0."""
-        u, s, v = faces.singular(self._matrix(scaled(g)[0]))
-        rounding = (
-            max(u.shape[-2], v.shape[-2]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
-        )
-        return u, torch.where(s <= rounding, 0.0, s), v, rounding
-
-    def _matrix(self, v: Tensor) -> Tensor:
+    def as_matrix(self, v: Tensor) -> Float[Tensor, "*batch m n"]:
+        """Flat weights as the matrix. Raises ValueError where the norm is not bound to as many."""
         if self.shape is None:
             raise ValueError(
-                f"got the norm {self.name!r} without a matrix shape, expected a bound norm, try norm.bind(net.layout)"
+                f"got the norm {self.name!r} without a matrix shape, expected a bound norm, "
+                "try norm.bind(net.layout)"
             )
         if v.shape[-1] != math.prod(self.shape):
             raise ValueError(
-                f"got {v.shape[-1]} weights for the norm {self.name!r} of a {self.shape} matrix, expected "
-                f"{math.prod(self.shape)}, try norm.bind(layout) with the layout of these weights"
+                f"got {v.shape[-1]} weights for the norm {self.name!r} of a {self.shape} matrix, "
+                f"expected {math.prod(self.shape)}, try norm.bind(layout) with the layout of these "
+                "weights"
             )
         return v.unflatten(-1, self.shape)
 
@@ -111,15 +106,12 @@ class Spectral(_Singular):
 
     name = "spectral"
     symbol = r"$S_\infty$"
-
-    @property
-    def inner(self) -> Norm:
-        return Linf()
+    inner = Linf()
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        u, s, v, _ = self._svd(g)
-        positive = (s > (atol / nonzero(scaled(g)[1]))[..., None])[..., None, :]
-        return faces.Contraction(u * positive, v * positive)
+        u, s, v = self._svd(g)
+        positive = (s > _relative(atol, g))[..., None, :]
+        return Contraction(u * positive, v * positive)
 
 
 @dataclass(frozen=True)
@@ -128,15 +120,12 @@ class Nuclear(_Singular):
 
     name = "nuclear"
     symbol = r"$S_1$"
-
-    @property
-    def inner(self) -> Norm:
-        return L1()
+    inner = L1()
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        u, s, v, rounding = self._svd(g)
-        gap = torch.maximum((atol / nonzero(scaled(g)[1]))[..., None], rounding)
-        return faces.Spectraplex(u, v, s >= s.amax(-1, keepdim=True) - gap)
+        u, s, v = self._svd(g)
+        gap = torch.maximum(_relative(atol, g), _rounding(u, s, v))
+        return Spectraplex(u, v, s >= s.amax(-1, keepdim=True) - gap)
 
 
 @dataclass(frozen=True)
@@ -161,5 +150,12 @@ class Schatten(_Singular):
         return Lp(self.p)
 
 
-def _assemble(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    return ((u * s[..., None, :]) @ v.mT).flatten(-2)
+def _relative(atol: Tensor, g: Tensor) -> Float[Tensor, "*batch 1"]:
+    """A tolerance for the singular values of g over its largest entry."""
+    return (atol / nonzero(g.abs().amax(-1)))[..., None]
+
+
+def _rounding(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch 1"]:
+    """The rounding error of singular values."""
+    units = max(u.shape[-2], v.shape[-2]) * torch.finfo(s.dtype).eps
+    return units * s.amax(-1, keepdim=True)

@@ -18,8 +18,8 @@ one in which the *weights* move, so sign descent belongs to `Linf` and coordinat
     Lp(p)                lq, 1/p + 1/q = 1            sign(g) |g|^(q-1)
     Mahalanobis(A)       sqrt(g^T A^-1 g)             A^-1 g
 
-Norms of a matrix's singular values are in `matrix_norms`, compositions over blocks in
-`block_norms`.
+Norms of a matrix's singular values are in `norms.matrix`, compositions over blocks in
+`norms.blocks`.
 
 Inputs are divided by their largest entry first, so gradients of any representable size are alike.
 """
@@ -34,8 +34,7 @@ from torch import Tensor
 
 from flowsim.checks import require_instance
 from flowsim.layout import Layout
-from flowsim.norms import faces
-from flowsim.norms.faces import Face
+from flowsim.norms.faces import Face, RowByRow, Single, WholeBall
 
 
 class Norm(ABC):
@@ -105,16 +104,14 @@ class Norm(ABC):
     def _face(self, g: Tensor, atol: Tensor) -> Face:
         """`face` with an absolute tolerance ``(*batch)``, which blocks inherit from the whole
         gradient."""
-        zero, face = self.dual(g) <= atol, self._ties_at(g, atol)
-        return (
-            faces.RowByRow(zero, faces.WholeBall(self, torch.zeros_like(g)), face)
-            if bool(zero.any())
-            else face
-        )
+        face, zero = self._ties_at(g, atol), self.dual(g) <= atol
+        if not bool(zero.any()):
+            return face
+        return RowByRow(zero, WholeBall(self, torch.zeros_like(g)), face)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         """The face on rows where ``dual(g) > atol``; anything on the others."""
-        return faces.Single(self.steepest(g))
+        return Single(self.steepest(g))
 
 
 def require_norm(owner: str, norm: Norm) -> None:

@@ -9,10 +9,10 @@ so that everything that is known about faces serves the KKT conditions, in which
 stands."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from flowsim.norms.blocks import Euclidean, Max, Sum
 from flowsim.norms.matrix import Nuclear, Schatten, Spectral
@@ -37,8 +37,7 @@ def polar(norm: Norm) -> Norm:
         case Lp():
             return Lp(norm.q)
         case Mahalanobis():
-            inverse = torch.linalg.inv(norm.matrix) if norm.matrix.ndim == 2 else 1 / norm.matrix
-            return Mahalanobis((inverse + inverse.mT) / 2 if inverse.ndim == 2 else inverse)
+            return Mahalanobis(_inverse(norm.matrix))
         case Spectral():
             return Nuclear(shape=norm.shape)
         case Nuclear():
@@ -48,21 +47,30 @@ def polar(norm: Norm) -> Norm:
         case Max() | Sum() | Euclidean():
             return _of_blocks(norm)
     raise ValueError(
-        f"got the norm {norm.name!r}, expected one whose dual flowsim knows, try L2(), Linf(), Spectral(), Max(...)"
+        f"got the norm {norm.name!r}, expected one whose dual flowsim knows, "
+        "try L2(), Linf(), Spectral(), Max(...)"
     )
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    if matrix.ndim == 1:
+        return 1 / matrix
+    inverse = torch.linalg.inv(matrix)
+    return (inverse + inverse.mT) / 2
 
 
 def _of_blocks(norm: Max | Sum | Euclidean) -> Norm:
     """max ‖W_l‖/c_l and Σ c_l‖G_l‖_* are dual to each other, and so are the square sums."""
-    parts = (
-        polar(norm.parts)
-        if isinstance(norm.parts, Norm)
-        else {k: polar(part) for k, part in norm.parts.items()}
-    )
+    if isinstance(norm.parts, Norm):
+        parts: Norm | dict[str, Norm] = polar(norm.parts)
+    else:
+        parts = {name: polar(part) for name, part in norm.parts.items()}
     scales = {name: 1 / scale for name, scale in (norm.scales or {}).items()}
-    bound = tuple(replace(p, norm=polar(p.norm), scale=1 / p.scale) for p in norm._bound)
-    kinds: dict[type, Callable[..., Norm]] = {Max: Sum, Sum: Max, Euclidean: Euclidean}
-    return kinds[type(norm)](parts, scales or None, _bound=bound)
+    blocks = tuple(replace(b, norm=polar(b.norm), scale=1 / b.scale) for b in norm.blocks)
+    return _KINDS[type(norm)](parts, scales or None, blocks=blocks)
+
+
+_KINDS: dict[type, type[Max | Sum | Euclidean]] = {Max: Sum, Sum: Max, Euclidean: Euclidean}
 
 
 def smoothness(norm: Norm) -> float:
@@ -77,5 +85,5 @@ def smoothness(norm: Norm) -> float:
         case Lp() | Schatten():
             return norm.p - 1 if norm.p >= 2 else math.inf
         case Euclidean():
-            return max(smoothness(part) for part in norm._norms())
+            return max(smoothness(part) for part in norm.norms)
     return math.inf

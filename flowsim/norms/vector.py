@@ -1,5 +1,6 @@
-"""TODO."""
+"""Norms of a flat vector: l1, l2, l-infinity, lp and those of a matrix A."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from flowsim.checks import require_exponent
 from flowsim.layout import Layout
-from flowsim.norms import faces
-from flowsim.norms.faces import Face
+from flowsim.norms.faces import Box, Face, Simplex, onto_simplex
 from flowsim.norms.norm import Norm
-from flowsim.numerics.roots import root
-from flowsim.numerics.scaling import _near_one, _sound, nonzero, scaled
+from flowsim.numerics.batched import rows_times
+from flowsim.numerics.roots import find_zero
+from flowsim.numerics.scaling import length, nonzero, scaled, unit
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class L1(Norm):
         return torch.zeros_like(g).scatter(-1, first, _sign(g.gather(-1, first)))
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return v.sign() * faces.simplex(v.abs())
+        return v.sign() * onto_simplex(v.abs())
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         tied = g.abs() >= (self.dual(g) - atol)[..., None]
-        return faces.Simplex(torch.where(tied, _sign(g), 0.0))
+        return Simplex(torch.where(tied, _sign(g), 0.0))
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Linf(Norm):
         return v.clamp(-1.0, 1.0)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        free = g.abs() <= atol[..., None]
-        return faces.Box(torch.where(free, -1.0, _sign(g)), torch.where(free, 1.0, _sign(g)))
+        free, sign = g.abs() <= atol[..., None], _sign(g)
+        return Box(torch.where(free, -1.0, sign), torch.where(free, 1.0, sign))
 
 
 @dataclass(frozen=True)
@@ -86,24 +87,16 @@ class L2(Norm):
     quadratic = True
 
     def value(self, v: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(v, dim=-1)
-        if bool(_sound(length).all()):
-            return length
-        u, exponent = _near_one(v)
-        return torch.ldexp(torch.linalg.vector_norm(u, dim=-1), exponent)
+        return length(v)
 
     def dual(self, g: Tensor) -> Tensor:
-        return self.value(g)
+        return length(g)
 
     def steepest(self, g: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(g, dim=-1)
-        if not bool(_sound(length).all()):
-            g, _ = _near_one(g)
-            length = torch.linalg.vector_norm(g, dim=-1)
-        return g / nonzero(length)[..., None]
+        return unit(g)
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return self.steepest(v)
+        return unit(v)
 
 
 @dataclass(frozen=True)
@@ -135,9 +128,7 @@ class Lp(Norm):
     def symbol(self) -> str:
         return rf"$\ell_{{{self.p:g}}}$"
 
-    @property
-    def ties(self) -> bool:
-        return False
+    ties = False
 
     @property
     def quadratic(self) -> bool:  # type: ignore[override]
@@ -156,16 +147,15 @@ class Lp(Norm):
 
     def steepest(self, g: Tensor) -> Tensor:
         u, _ = scaled(g)
-        return u.sign() * (u.abs() / nonzero(_power_norm(u, self.q))[..., None]) ** (self.q - 1)
+        magnitudes = u.abs() / nonzero(_power_norm(u, self.q))[..., None]
+        return u.sign() * magnitudes ** (self.q - 1)
 
     def _nearest(self, v: Tensor) -> Tensor:
-        # x + lam x^(p-1) = |v|; the residual lam x^(p-1) has dual norm lam on the sphere, hence the
-        # bracket. The reciprocal of ||x|| is nearly linear in lam, which the root finder likes.
-        low, high = torch.zeros_like(self.dual(v)), self.dual(v)
-        lam = root(
-            lambda lam: 1 - 1 / self.value(_shrink(v.abs(), lam[..., None], self.p)), low, high
-        )
-        return v.sign() * _shrink(v.abs(), lam[..., None], self.p)
+        # x + lam x^(p-1) = |v|; the residual lam x^(p-1) has dual norm lam on the sphere
+        def shrunk(lam: Tensor) -> Tensor:
+            return _shrink(v.abs(), lam[..., None], self.p)
+
+        return v.sign() * _onto_sphere(shrunk, self.value, self.dual(v))
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,50 +188,54 @@ class Mahalanobis(Norm):
         size = sum(block.size for block in layout)
         if size != len(self.matrix):
             raise ValueError(
-                f"got a Mahalanobis matrix for {len(self.matrix)} weights and a layout with {size}, expected "
-                "equal sizes, try Max({block: Mahalanobis(...), ...}) for one matrix per block"
+                f"got a Mahalanobis matrix for {len(self.matrix)} weights and a layout with "
+                f"{size}, expected equal sizes, try Max({{block: Mahalanobis(...), ...}}) for one "
+                "matrix per block"
             )
         return self
 
     def value(self, v: Tensor) -> Tensor:
-        return L2().value(self._rotate(v) * self._roots(v))
+        return length(self._rotate(v) * self._stretch(v))
 
     def dual(self, g: Tensor) -> Tensor:
-        return L2().value(self._rotate(g) / self._roots(g))
+        return length(self._rotate(g) / self._stretch(g))
 
     def steepest(self, g: Tensor) -> Tensor:
         # Euclidean in the coordinates A^(1/2) v
-        return self._back(L2().steepest(self._rotate(g) / self._roots(g)) / self._roots(g))
+        stretch = self._stretch(g)
+        return self._rotate_back(unit(self._rotate(g) / stretch) / stretch)
 
     def _nearest(self, v: Tensor) -> Tensor:
-        # x = (I + lam A)^-1 v; the residual lam A x has dual norm lam on the sphere, hence the
-        # bracket
-        u, roots = self._rotate(v), self._roots(v)
-        low, high = torch.zeros_like(self.dual(v)), self.dual(v)
+        # x = (I + lam A)^-1 v; the residual lam A x has dual norm lam on the sphere
+        u, stretch = self._rotate(v), self._stretch(v)
 
         def shrunk(lam: Tensor) -> Tensor:
-            return u / (1 + lam[..., None] * roots**2)
+            return u / (1 + lam[..., None] * stretch**2)
 
-        return self._back(
-            shrunk(root(lambda lam: 1 - 1 / L2().value(roots * shrunk(lam)), low, high))
-        )
+        return self._rotate_back(_onto_sphere(shrunk, lambda x: length(stretch * x), self.dual(v)))
 
-    def _roots(self, v: Tensor) -> Tensor:
+    def _stretch(self, v: Tensor) -> Float[Tensor, " P"]:
         return self._eigenvalues.to(v).sqrt()
 
     def _rotate(self, v: Tensor) -> Tensor:
-        return v if self._basis is None else _times(v, self._basis.to(v))
+        return v if self._basis is None else rows_times(v, self._basis.to(v))
 
-    def _back(self, u: Tensor) -> Tensor:
-        return u if self._basis is None else _times(u, self._basis.to(u).mT)
+    def _rotate_back(self, u: Tensor) -> Tensor:
+        return u if self._basis is None else rows_times(u, self._basis.to(u).mT)
 
 
-def _times(v: Float[Tensor, "*batch P"], matrix: Float[Tensor, "P P"]) -> Float[Tensor, "*batch P"]:
-    """v·matrix with every row rounded alike: BLAS adds up a single row in another order than
-    several."""
-    rows = v.reshape(-1, v.shape[-1])
-    product = rows.expand(2, -1) @ matrix if len(rows) == 1 else rows @ matrix
-    return product[: len(rows)].view(v.shape)
+def _onto_sphere(
+    shrunk: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor], high: Tensor
+) -> Tensor:
+    """``shrunk(lam)`` for the multiplier lam from 0 to ``high`` that makes its norm 1: a multiplier
+    that is the dual norm of the residual is at most that of the projected vector.
+
+    The reciprocal of the norm is nearly linear in lam, which the root finder likes."""
+
+    def excess(lam: Tensor) -> Tensor:
+        return 1 - 1 / value(shrunk(lam))
+
+    return shrunk(find_zero(excess, torch.zeros_like(high), high))
 
 
 def _sign(g: Tensor) -> Tensor:
@@ -249,9 +243,9 @@ def _sign(g: Tensor) -> Tensor:
     return g.sign() + (g - g)
 
 
-def _power_norm(v: Tensor, p: float) -> Tensor:
-    u, size = scaled(v)
-    return size * (u.abs() ** p).sum(-1) ** (1 / p)
+def _power_norm(v: Tensor, p: float) -> Float[Tensor, "*batch"]:
+    u, largest = scaled(v)
+    return largest * (u.abs() ** p).sum(-1) ** (1 / p)
 
 
 def _shrink(a: Tensor, lam: Tensor, p: float) -> Tensor:
@@ -263,36 +257,40 @@ def _shrink(a: Tensor, lam: Tensor, p: float) -> Tensor:
     b = power ** (1 / e)
     z = torch.minimum(a / linear, a ** (1 / e) / b)
     for _ in range(8):
-        bent = (b * z) ** e  # at most a, so nothing overflows
-        z = z * (a + (e - 1) * bent) / (linear * z + e * bent)
+        term = (b * z) ** e  # at most a, so nothing overflows
+        z = z * (a + (e - 1) * term) / (linear * z + e * term)
     return torch.where(a == 0, 0.0, z if p > 2 else z**e)
 
 
-def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+def _spectrum(matrix: Tensor) -> tuple[Float[Tensor, " P"], Float[Tensor, "P P"] | None]:
     """Eigenvalues and eigenvectors of a positive definite matrix; None for the eigenvectors of a
     diagonal."""
-
-    def refuse(got: str, expected: str, attempt: str) -> None:
-        raise ValueError(f"got a matrix {got}, expected {expected}, try {attempt}")
-
     if matrix.ndim not in (1, 2) or matrix.shape[0] != matrix.shape[-1]:
-        refuse(
-            f"of shape {tuple(matrix.shape)}", "a diagonal (P,) or a square (P, P)", "torch.ones(P)"
-        )
+        shape = tuple(matrix.shape)
+        raise _refused(f"of shape {shape}", "a diagonal (P,) or a square (P, P)", "torch.ones(P)")
     if not bool(torch.isfinite(matrix).all()):
-        refuse("with entries that are not finite", "a positive definite one", "torch.ones(P)")
+        raise _refused("with entries that are not finite", _DEFINITE, "torch.ones(P)")
+    if matrix.ndim == 1:
+        _require_definite(matrix, least=0.0)
+        return matrix, None
     rounding = len(matrix) * torch.finfo(matrix.dtype).eps
-    eigenvalues, basis = matrix, None
-    if matrix.ndim == 2:
-        skew = float((matrix - matrix.mT).abs().amax())
-        if skew > 8 * rounding * float(matrix.abs().amax()):
-            refuse(f"with asymmetry {skew:.3g}", "a symmetric one", "(matrix + matrix.T) / 2")
-        eigenvalues, basis = torch.linalg.eigh(matrix)
-    least, largest = float(eigenvalues.amin()), float(eigenvalues.amax())
-    if least <= (0.0 if basis is None else rounding * largest):
-        refuse(
-            f"with eigenvalues from {least:.3g} to {largest:.3g}",
-            "a positive definite one",
-            "adding c * eye(P)",
-        )
+    skew = float((matrix - matrix.mT).abs().amax())
+    if skew > 8 * rounding * float(matrix.abs().amax()):
+        raise _refused(f"with asymmetry {skew:.3g}", "a symmetric one", "(matrix + matrix.T) / 2")
+    eigenvalues, basis = torch.linalg.eigh(matrix)
+    _require_definite(eigenvalues, least=rounding * float(eigenvalues.amax()))
     return eigenvalues, basis
+
+
+_DEFINITE = "a positive definite one"
+
+
+def _require_definite(eigenvalues: Tensor, least: float) -> None:
+    low, high = float(eigenvalues.amin()), float(eigenvalues.amax())
+    if low <= least:
+        got = f"with eigenvalues from {low:.3g} to {high:.3g}"
+        raise _refused(got, _DEFINITE, "adding c * eye(P)")
+
+
+def _refused(got: str, expected: str, attempt: str) -> ValueError:
+    return ValueError(f"got a matrix {got}, expected {expected}, try {attempt}")

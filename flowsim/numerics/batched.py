@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batched products that round alike in any batch, and decompositions that survive rows of NaN."""
 
 import torch
 from jaxtyping import Float
@@ -20,3 +20,56 @@ def bmm_one_by_one(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Floa
     """`bmm` one trajectory at a time: for an inner dimension so long that threads share it, in
     another way in a batch than alone."""
     return torch.stack([left @ right for left, right in zip(a, b, strict=True)])
+
+
+def rows_times(
+    v: Float[Tensor, "*batch P"], matrix: Float[Tensor, "P Q"]
+) -> Float[Tensor, "*batch Q"]:
+    """v·matrix with every row rounded alike: BLAS adds up a single row in another order than
+    several."""
+    rows = v.reshape(-1, v.shape[-1])
+    several = rows.expand(2, -1) if len(rows) == 1 else rows
+    product = several @ matrix
+    return product[: len(rows)].view(*v.shape[:-1], -1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ along the last axis."""
+    return (a * b).sum(-1)
+
+
+def svd(
+    w: Float[Tensor, "*batch m n"],
+) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch n k"]]:
+    """u, s, v with ``w = u diag(s) vᵀ``; NaN where w is not finite."""
+    clean, bad = _cleaned(w)
+    u, s, vt = torch.linalg.svd(clean, full_matrices=False)
+    return u + bad[..., None, None], s + bad[..., None], vt.mT + bad[..., None, None]
+
+
+def from_svd(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch mn"]:
+    """u diag(s) vᵀ, flat."""
+    return ((u * s[..., None, :]) @ v.mT).flatten(-2)
+
+
+def singular_values(w: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch k"]:
+    """The singular values, falling; NaN where w is not finite."""
+    clean, bad = _cleaned(w)
+    return torch.linalg.svdvals(clean) + bad[..., None]
+
+
+def eigh(
+    w: Float[Tensor, "*batch k k"],
+) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch k k"]]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices; NaN where w is not finite."""
+    clean, bad = _cleaned(w)
+    values, vectors = torch.linalg.eigh(clean)
+    return values + bad[..., None], vectors
+
+
+def _cleaned(w: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Float[Tensor, "*batch"]]:
+    """The matrices with zeros for those that are not finite, and NaN there, 0 elsewhere: LAPACK
+    refuses a whole batch for one such row."""
+    fine = torch.isfinite(w).all(-1).all(-1)
+    bad = torch.zeros_like(fine, dtype=w.dtype).masked_fill(~fine, torch.nan)
+    return torch.where(fine[..., None, None], w, 0.0), bad

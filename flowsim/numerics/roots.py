@@ -1,13 +1,16 @@
-"""TODO."""
+"""Zeros of falling functions, elementwise."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_MOST = 150  # steps; bisection alone takes about 60
 
-def root(
+
+def find_zero(
     f: Callable[[Tensor], Tensor],
     low: Tensor,
     high: Tensor,
@@ -21,33 +24,68 @@ def root(
     Inverse quadratic interpolation inside a bracket, else bisection (Chandrupatla 1997), to the
     last bits; or to ``xtol`` times the bracket, or until ``|f| <= ftol``.
 
-    >>> root(lambda x: 2 - x**2, torch.tensor([0.0, 3.0]), torch.tensor([2.0, 4.0]))
+    >>> find_zero(lambda x: 2 - x**2, torch.tensor([0.0, 3.0]), torch.tensor([2.0, 4.0]))
     tensor([1.4142, 3.0000])
     """
+    bracket = _Bracket.around(f, low, high)
     eps = torch.finfo(low.dtype).eps
-    x1, x2 = low, high
-    f1, f2 = f(low), f(high)
-    x1, x2, f1, f2 = torch.broadcast_tensors(x1, x2, f1, f2)
-    ends, end = (f1 <= ftol) | (f2 >= -ftol), torch.where(f1 <= ftol, x1, x2)
-    atol = max(xtol, eps**2) * (x2 - x1).abs()
-    best, done = end, ends
-    t = torch.full_like(x1, 0.5)
-    for _ in range(150):
-        x = torch.where(done, best, x1 + t * (x2 - x1))
-        fx = f(x)
-        same = (fx > 0) == (f1 > 0)
-        x3, f3 = torch.where(same, x1, x2), torch.where(same, f1, f2)
-        x2, f2 = torch.where(same, x2, x1), torch.where(same, f2, f1)
-        x1, f1 = x, fx
-        best = torch.where(done, best, torch.where(f1.abs() < f2.abs(), x1, x2))
-        least = (2 * eps * best.abs() + atol) / (x2 - x1).abs()
-        done = done | ~(least < 0.5) | (f1.abs() <= ftol)
+    atol = max(xtol, eps**2) * bracket.width
+    at_low, at_high = bracket.f1 <= ftol, bracket.f2 >= -ftol
+    best, done = torch.where(at_low, bracket.x1, bracket.x2), at_low | at_high
+    t = torch.full_like(best, 0.5)
+    for _ in range(_MOST):
+        x = torch.where(done, best, bracket.at(t))
+        bracket = bracket.with_point(x, f(x))
+        best = torch.where(done, best, bracket.best)
+        least = (2 * eps * best.abs() + atol) / bracket.width
+        done = done | ~(least < 0.5) | (bracket.f1.abs() <= ftol)
         if bool(done.all()):
             break
+        t = bracket.guess().maximum(least).minimum(1 - least)
+    return best
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """The newest point x1, the end x2 on the other side of the zero, the point x3 that they
+    replaced, and f there."""
+
+    x1: Tensor
+    x2: Tensor
+    x3: Tensor
+    f1: Tensor
+    f2: Tensor
+    f3: Tensor
+
+    @staticmethod
+    def around(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> "_Bracket":
+        x1, x2, f1, f2 = torch.broadcast_tensors(low, high, f(low), f(high))
+        return _Bracket(x1, x2, x2, f1, f2, f2)
+
+    @property
+    def width(self) -> Tensor:
+        return (self.x2 - self.x1).abs()
+
+    @property
+    def best(self) -> Tensor:
+        return torch.where(self.f1.abs() < self.f2.abs(), self.x1, self.x2)
+
+    def at(self, t: Tensor) -> Tensor:
+        return self.x1 + t * (self.x2 - self.x1)
+
+    def with_point(self, x: Tensor, fx: Tensor) -> "_Bracket":
+        """A point between the ends takes the place of the end on its side."""
+        same = (fx > 0) == (self.f1 > 0)
+        x3, f3 = torch.where(same, self.x1, self.x2), torch.where(same, self.f1, self.f2)
+        x2, f2 = torch.where(same, self.x2, self.x1), torch.where(same, self.f2, self.f1)
+        return _Bracket(x, x2, x3, fx, f2, f3)
+
+    def guess(self) -> Tensor:
+        """Where between x1 (0) and x2 (1) the inverse parabola through the points is zero, if it is
+        monotone there; else the middle."""
+        x1, x2, x3, f1, f2, f3 = self.x1, self.x2, self.x3, self.f1, self.f2, self.f3
         xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)
         smooth = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi)
-        guess = f1 / (f2 - f1) * f3 / (f2 - f3) + (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (
-            f3 - f2
-        )
-        t = torch.where(smooth, guess, 0.5).maximum(least).minimum(1 - least)
-    return best
+        from_x2 = f1 / (f2 - f1) * f3 / (f2 - f3)
+        from_x3 = (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (f3 - f2)
+        return torch.where(smooth, from_x2 + from_x3, 0.5)

@@ -108,8 +108,8 @@ def conic(task, norm):
     if isinstance(norm, fs.Max):
         words = {fs.L1: 1, fs.Linf: "inf", fs.L2: 2}
         inside = [
-            cvxpy.norm(cvxpy.vec(layer, order="C"), words[type(norm._bound[i].norm)])
-            <= norm._bound[i].scale
+            cvxpy.norm(cvxpy.vec(layer, order="C"), words[type(norm.blocks[i].norm)])
+            <= norm.blocks[i].scale
             for layer, i in layers
         ]
     else:

@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad
 
 import flowsim as fs
 from flowsim.motion.clocks import ARCLENGTH, LAM, RELATIVE, STEPS, TIME, log_time_rate
-from flowsim.numerics.quadrature import log_mean_exp
 
 
 def reading(*values):
@@ -134,38 +132,6 @@ def test_first_must_lie_between_zero_and_the_end(first):
 def test_fewer_than_two_saves_are_refused(make, saves):
     with pytest.raises(ValueError, match=r"got saves=.*expected an integer ≥ 2"):
         make(10, saves=saves)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (0.0, 0.0),
-        (1.0, 1.0 + 1e-9),
-        (-2.0, -2.0 + 1e-5),
-        (0.0, 1.0),
-        (3.0, -4.0),
-        (0.0, 30.0),
-        (-5.0, -5.0 - 2e-6),
-    ],
-)
-def test_log_mean_exp_is_the_logarithm_of_the_integral(a, b):
-    exact = math.log(quad(lambda u: math.exp(a + (b - a) * u), 0, 1, epsabs=0, epsrel=1e-13)[0])
-    assert float(log_mean_exp(reading(a), reading(b))) == pytest.approx(exact, abs=2e-12)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("gap", [100.0, 1e4, 1e6])
-def test_log_mean_exp_of_far_ends_is_the_larger_less_the_log_of_the_gap(gap, sign):
-    a, b = reading(sign * 1e6), reading(sign * 1e6 + gap)
-    for value in (log_mean_exp(a, b), log_mean_exp(b, a)):
-        assert float(value) == pytest.approx(float(b) - math.log(gap), rel=1e-14)
-
-
-def test_log_mean_exp_is_symmetric_and_lies_between_its_ends():
-    a, b = torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 50
-    mean = log_mean_exp(a, b)
-    assert torch.equal(mean, log_mean_exp(b, a))
-    assert ((mean >= torch.minimum(a, b)) & (mean <= torch.maximum(a, b))).all()
 
 
 CLASSIFIER = fs.Problem(fs.Linear(2), [[1.0, 0.5]], [1], fs.exponential)

@@ -1,5 +1,5 @@
-"""Laws of the sets of steepest directions, over every norm and tie, and their minimisers against
-convex solvers."""
+"""Laws of the sets of steepest directions, over every norm and tie, and least points found by their
+projections against convex solvers."""
 
 import cvxpy as cp
 import numpy as np
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from flowsim.layout import lay_out
-from flowsim.norms import faces
 from flowsim.norms.blocks import Euclidean, Max, Sum
+from flowsim.norms.faces import onto_simplex
 from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.vector import L1, L2, Linf, Lp
-from flowsim.numerics.roots import root
-from tests.norms.test_norm import (
+from tests.oracles.norm_cases import (
     BLOCKS,
     CASES,
     SCALES,
@@ -24,6 +23,7 @@ from tests.norms.test_norm import (
     spd,
     uniform,
 )
+from tests.oracles.projected_gradient import minimise
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -45,6 +45,11 @@ def points(typed) -> Tensor:
     x = torch.cat([face.project(3 * v), face.project(300 * v[:2])])
     mean = (x + x.roll(1, 0)) / 2
     return torch.cat([x, mean, typed.norm.steepest(typed.g)[None], face.element()[None]])
+
+
+def curvature(size: int) -> Tensor:
+    """A quadratic form of small condition number."""
+    return spd(size) + torch.eye(size, dtype=torch.float64)
 
 
 class TestFace:
@@ -102,8 +107,8 @@ class TestFace:
         g = case.g[[0, 3, 4, -1]]
         if case.norm.name.startswith(("sum(W:schatten", "euclidean(W:schatten")):
             g = g[:-1]  # three roots inside each other: correct, but not for hundreds of steps
-        hessian, face = spd(case.size), case.norm.face(g)
-        v = face.minimise(lambda v: v @ hessian)
+        hessian, face = curvature(case.size), case.norm.face(g)
+        v = minimise(face, lambda v: v @ hessian, case.size)
         assert face.contains(v).all()
         assert (face.support(-v @ hessian) + dot(v @ hessian, v) <= 1e-8).all()
 
@@ -151,13 +156,14 @@ def solved(v: cp.Expression, hessian: Tensor, constraints: list) -> Tensor:
 
 def assert_minimiser(norm, g: Tensor, v: cp.Expression, constraints: list) -> None:
     """As good as the solver's point, and the same point, as H is positive definite."""
-    hessian = spd(g.shape[-1])
-    got, expected = norm.face(g).minimise(lambda v: v @ hessian), solved(v, hessian, constraints)
+    hessian = curvature(g.shape[-1])
+    got = minimise(norm.face(g), lambda v: v @ hessian, g.shape[-1])
+    expected = solved(v, hessian, constraints)
     assert dot(got @ hessian, got) <= dot(expected @ hessian, expected) * (1 + 1e-9)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-class TestMinimiseAgainstConvexSolvers:
+class TestLeastPointsAgainstConvexSolvers:
     """The sets are stated anew from theory, not from the faces' own formulas: v in the ball with
     <g, v> = dual(g)."""
 
@@ -231,122 +237,18 @@ class TestMinimiseAgainstConvexSolvers:
         assert_minimiser(norm, g, v, [r >= 0, cp.sigma_max(c) <= r, r + cp.trace(density) == 1])
 
 
-class TestMinimise:
-    def test_rows_take_their_own_steps(self):
-        """Different ties and different curvatures; each row as if alone."""
-        g = torch.stack(
-            [uniform(6, seed=i).masked_fill(torch.arange(6) < i, 0.0) for i in range(7)]
-        )
-        hessians = torch.stack([10.0**i * spd(6) for i in range(7)])
-        together = Linf().face(g).minimise(lambda v: torch.einsum("bij,bj->bi", hessians, v))
-        for i in range(7):
-            alone = Linf().face(g[i : i + 1]).minimise(lambda v, i=i: v @ hessians[i])
-            assert_close(alone[0], together[i])
-
-    def test_step_is_set_by_curvature_along_the_face(self):
-        """A curvature of 1e12 off the face would need 1e6 times as many steps, were it to set the
-        step."""
-        hessian = spd(6)
-        hessian[5, 5] = 1e12
-        g = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-        v = Linf().face(g).minimise(lambda v: v @ hessian, max_steps=200)
-        interior = torch.linalg.solve(hessian[:5, :5], -hessian[:5, 5])
-        assert interior.abs().max() < 1
-        torch.testing.assert_close(v[:5], interior, rtol=0, atol=1e-7)
-
-    def test_ill_conditioned(self):
-        """Condition number 1e6 and tol 1e-10 give 1e-4; the minimiser inside the simplex is ~ H^-1
-        1."""
-        curvature = torch.logspace(0, 6, 5, dtype=torch.float64)
-        v = (
-            L1()
-            .face(torch.ones(5, dtype=torch.float64))
-            .minimise(lambda v: v * curvature, max_steps=20000)
-        )
-        expected = (1 / curvature) / (1 / curvature).sum()
-        torch.testing.assert_close(v, expected, rtol=0, atol=1e-4)
-
-    def test_what_the_curvature_does_not_see_stays_at_the_shortest_element(self):
-        g = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-        hessian = torch.tensor(
-            [[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64
-        )
-        v = Linf().face(g).minimise(lambda v: v @ hessian)
-        torch.testing.assert_close(
-            v, torch.tensor([1.0, -0.25, 0.0], dtype=torch.float64), rtol=0, atol=1e-9
-        )
-
-    def test_zero_curvature_returns_the_element(self):
-        face = L1().face(torch.ones(4))
-        assert torch.equal(face.minimise(torch.zeros_like), face.element())
-
-    def test_the_cap_leaves_the_best_point(self):
-        hessian, face = (
-            spd(8),
-            Linf().face(torch.zeros(8, dtype=torch.float64) + 1e-20 * torch.eye(8)[0]),
-        )
-        calls = []
-
-        def hvp(v: Tensor) -> Tensor:
-            calls.append(v)
-            return v @ hessian
-
-        v = face.minimise(hvp, max_steps=3)
-        assert len(calls) <= 5
-        assert face.contains(v)
-        assert dot(v @ hessian, v) <= dot(face.element() @ hessian, face.element())
-
-    def test_start_and_single_precision(self):
-        g = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
-        hessian = spd(3).float()
-        face = Linf().face(g)
-        a, b = (
-            face.minimise(lambda v: v @ hessian, start=start)
-            for start in (None, torch.ones_like(g))
-        )
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
-
-    def test_one_bad_row_ends_alone(self):
-        bad = torch.tensor([[1.0], [torch.nan]], dtype=torch.float64)
-        hessian, face = spd(3), Linf().face(torch.eye(3, dtype=torch.float64)[:2])
-        v = face.minimise(lambda v: bad * (v @ hessian), max_steps=500)
-        alone = Linf().face(torch.eye(3, dtype=torch.float64)[:1]).minimise(lambda v: v @ hessian)
-        assert_close(v[:1], alone)
-
-
-class TestRoot:
-    def test_hard_functions_to_the_last_bits(self):
-        one = torch.ones(4, dtype=torch.float64)
-        target = torch.tensor([1e-3, 0.3, 0.999, 0.5], dtype=torch.float64)
-        for f in (
-            lambda x: target**9 - x**9,
-            lambda x: (target - x).sign() * (target - x).abs().sqrt(),
-        ):
-            torch.testing.assert_close(root(f, 0 * one, one), target, rtol=1e-14, atol=0)
-
-    def test_ends_where_there_is_no_root(self):
-        low, high = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
-        shift = torch.tensor([-1.0, 3.0])
-        assert root(lambda x: shift - x, low, high).tolist() == [0, 1]
-
-    def test_a_jump_is_found(self):
-        found = root(lambda x: torch.where(x < 0.7, 1.0, -1.0), torch.zeros(1), torch.ones(1))
-        assert_close(found, torch.tensor([0.7]))
-
-
 class TestSimplexProjection:
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e9])
     def test_optimality(self, scale):
         u = scale * uniform(50, 6)
-        x = faces.simplex(u)
+        x = onto_simplex(u)
         assert (x >= 0).all()
         assert_close(x.sum(-1), torch.ones(50, dtype=torch.float64))
         residual = u - x
         assert (residual.amax(-1) - dot(residual, x) <= 1e-14 * scale + 1e-15).all()
 
     def test_forbidden_coordinates_stay_zero(self):
-        x = faces.simplex(torch.tensor([5.0, 0.0, 0.5]), torch.tensor([False, True, True]))
+        x = onto_simplex(torch.tensor([5.0, 0.0, 0.5]), torch.tensor([False, True, True]))
         assert_close(x, torch.tensor([0.0, 0.25, 0.75]))
 
 

@@ -17,6 +17,7 @@ from flowsim.norms.vector import L1, L2, Linf, Lp, Mahalanobis
 from flowsim.problems.problem import Problem
 from flowsim.problems.quadratics import PiecewiseQuadratic, Quadratic
 from flowsim.velocity.selection import Selection, select, variation
+from tests.oracles.projected_gradient import minimise
 
 ORIGIN = torch.zeros(1, 3, dtype=torch.float64)
 TOY1 = PiecewiseQuadratic(slope=[-3.0, -1.0, 1.0], normals=[[1.0, 0.5, 0.1]], weights=[4.0])
@@ -222,9 +223,8 @@ class TestTies:
         errors = []
         for eps in (0.02, 0.002):
             gradient = lambda v, eps=eps: v @ F.matrix - h / eps
-            v = WholeBall(norm, torch.zeros_like(w)).minimise(
-                gradient, start=u, tol=1e-13, max_steps=40000
-            )
+            ball = WholeBall(norm, torch.zeros_like(w))
+            v = minimise(ball, gradient, w.shape[-1], start=u, tol=1e-13)
             errors.append(float((v - u).norm()))
         assert errors[0] < 0.5
         assert errors[1] < 0.2 * errors[0] + 1e-6

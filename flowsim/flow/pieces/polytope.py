@@ -26,9 +26,9 @@ REST = 2  # the code of a weight in a group whose gradient is zero
 def is_polyhedral(norm: Norm) -> bool:
     """Whether the (bound) norm's ball has the form of `Polyhedral`."""
     if isinstance(norm, Max):
-        return all(isinstance(part.norm, L1 | Linf) for part in norm._bound)
+        return all(isinstance(part.norm, L1 | Linf) for part in norm.blocks)
     if isinstance(norm, Sum):
-        return all(isinstance(part.norm, L1) for part in norm._bound)
+        return all(isinstance(part.norm, L1) for part in norm.blocks)
     return isinstance(norm, L1 | Linf)
 
 
@@ -57,7 +57,7 @@ class Polyhedral:
     @staticmethod
     def _joined(norm: Max | Sum) -> "Polyhedral":
         group, scale, first = [], [], 0
-        for part in norm._bound:
+        for part in norm.blocks:
             ball = Polyhedral.of(part.norm, part.block.size)
             group.append(ball.group + first)
             scale.append(ball.scale * part.scale)

@@ -39,8 +39,8 @@ class Metric:
         """The metric of a bound quadratic norm."""
         if isinstance(norm, L2):
             return Metric(norm, (1.0, 1.0))
-        if isinstance(norm, Euclidean) and all(isinstance(part.norm, L2) for part in norm._bound):
-            first, last = (part.scale**2 for part in norm._bound)
+        if isinstance(norm, Euclidean) and all(isinstance(part.norm, L2) for part in norm.blocks):
+            first, last = (part.scale**2 for part in norm.blocks)
             return Metric(norm, (first, last))
         return Metric(norm, None)
 
