@@ -3,15 +3,15 @@ mean square."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_not_negative, require_share
-from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
+from flowsim.descent.learning_rates import LearningRateLike
 from flowsim.descent.momentum import Frame, no_frame
-from flowsim.descent.rule import Discrete, Step, take
+from flowsim.descent.rule import Memory, Step, WithLearningRate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import Linf
@@ -19,7 +19,7 @@ from flowsim.problems.objective import Objective
 
 
 @dataclass(frozen=True)
-class Adaptive(Discrete):
+class Adaptive(WithLearningRate):
     """Each weight by its own gradients, g = ∇𝓛 (the gradient of the **sum** loss), k = 1, 2, …:
 
         m ← β₁m + (1 − β₁)g,   v ← β₂v + (1 − β₂)g²,   w ← (1 − ηλ)w − η·(m/a)/(√v/b + ε),
@@ -45,51 +45,42 @@ class Adaptive(Discrete):
     norm = Linf()
 
     def __post_init__(self) -> None:
-        as_learning_rate(self.name, self.lr)
+        super().__post_init__()
         if not (isinstance(self.betas, tuple | list) and len(self.betas) == 2):
             raise ValueError(
                 f"{self.name}: got betas={self.betas!r}, expected two numbers, try (0.9, 0.999)"
             )
         first, second = self.betas
-        require_share(self.name, beta1=first, **({} if second is None else {"beta2": second}))
-        require_not_negative(self.name, eps=self.eps, decay=self.decay)
-
-    @cached_property
-    def schedule(self) -> LearningRate:
-        return as_learning_rate(self.name, self.lr)
+        require_share(self.name, beta1=first, beta2=0.0 if second is None else second)
+        require_not_negative(self.name, eps=self.eps)
 
     @property
-    def label(self) -> str:
-        decay = f", λ = {self.decay:g}" if self.decay else ""
-        return f"{self.name}, {self.schedule.label}, ε = {self.eps:g}{decay}"
+    def title(self) -> str:
+        return self.name
+
+    @property
+    def details(self) -> list[str]:
+        return [f"ε = {self.eps:g}"]
 
     @property
     def kind(self) -> str:
         return "Adaptive sum" if self.betas[1] is None else "Adaptive"
 
-    def bound(self, problem: Objective) -> Norm:
-        self.schedule.check(self.name, problem)
-        return self.norm
-
-    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
+    def blank(self, problem: Objective, state: State) -> Memory:
         names = ["first", "second"] if self.betas[0] > 0 else ["second"]
         return {"frame": no_frame(state)} | {name: torch.zeros_like(state.w) for name in names}
 
-    def step(self, problem: Objective, norm: Norm, state: State) -> State:
+    def plan(
+        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+    ) -> tuple[Step, Memory]:
         frame = Frame.follow(problem, state, self._forget, head=_head(state.w.dtype))
         first, second = self._moments(state, frame)
-        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
-        lr = torch.exp(log_lr)
-        move = self._move(first, second, frame, state.memory["age"] + 1, lr)
-        if self.decay:
-            move = move - (self.decay * lr).to(state.w)[:, None] * state.w
-        remembered = {"frame": frame.log_unit, "second": second}
-        if "first" in state.memory:
-            remembered["first"] = first
+        move = self._move(first, second, frame, state.memory["age"] + 1, torch.exp(log_lr))
+        own = {"frame": frame.log_unit, "first": first, "second": second}
         log_time = 2 * log_lr if self.betas[1] is None else log_lr
-        return take(
-            problem, norm, state, Step(move, norm.value(move).double(), log_time), remembered
-        )
+        # without β₁ the first moment is the gradient, and nothing to remember
+        own = {name: value for name, value in own.items() if name in state.memory}
+        return Step(move, log_time=log_time), own
 
     @property
     def _forget(self) -> float:
@@ -112,11 +103,9 @@ class Adaptive(Discrete):
         a = b = torch.ones_like(age)
         if self.corrected and beta2 is not None:
             a, b = 1 - beta1**age, torch.sqrt(1 - beta2**age)
-        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
-        # ε in the frame's units; not below the root of the smallest square, so that no gradient
-        # stays at rest
+        # not below the root of the smallest square, so that no gradient stays at rest
         numbers = torch.finfo(second.dtype)
-        eps = torch.exp(log_eps - frame.log_unit).clamp_min((numbers.tiny * numbers.eps) ** 0.5)
+        eps = frame.inside(self.eps, 1).clamp_min((numbers.tiny * numbers.eps) ** 0.5)
         factor, term = (value.to(second)[:, None] for value in (a / (b * lr), a * eps / lr))
         return first / second.sqrt().mul_(factor).add_(term)
 

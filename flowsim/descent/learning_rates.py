@@ -5,9 +5,9 @@ where 𝓛 is e^{−5000}."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from flowsim.checks import is_positive, require_positive
 from flowsim.problems.objective import Objective
 
 
+@runtime_checkable
 class LearningRate(Protocol):
     """A learning rate for every step."""
 
@@ -26,6 +27,7 @@ class LearningRate(Protocol):
 
     def check(self, rule: str, objective: Objective) -> None:
         """Raise where the schedule has no meaning for this objective."""
+        return
 
     def log(self, age: Float[Tensor, " B"], lam: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """log η_k after ``age`` = k = 0, 1, … steps of the rule, at the level Λ."""
@@ -35,7 +37,7 @@ LearningRateLike: TypeAlias = float | LearningRate
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(LearningRate):
     """η_k = lr; what a plain number stands for."""
 
     lr: float
@@ -47,15 +49,12 @@ class Constant:
     def label(self) -> str:
         return f"lr = {self.lr:g}"
 
-    def check(self, rule: str, objective: Objective) -> None:
-        pass
-
     def log(self, age: Tensor, lam: Tensor) -> Tensor:
         return torch.full_like(lam, math.log(self.lr))
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(LearningRate):
     """η_k = lr·(k + delay)^(−power), k = 0, 1, …
 
     Margin theorems for sign descent and Adam want η_k → 0 and Ση_k = ∞: 0 < power ≤ 1, with delay =
@@ -72,15 +71,12 @@ class Decay:
     def label(self) -> str:
         return f"lr = {self.lr:g}·(k + {self.delay:g})^(−{self.power:g})"
 
-    def check(self, rule: str, objective: Objective) -> None:
-        pass
-
     def log(self, age: Tensor, lam: Tensor) -> Tensor:
         return math.log(self.lr) - self.power * torch.log(age + self.delay)
 
 
 @dataclass(frozen=True)
-class LossBased:
+class LossBased(LearningRate):
     """η_k = lr/𝓛(w_k), with ``lr`` a number or another schedule: without normalisation a step is
     lr·‖∇Λ‖_* long.
 
@@ -103,8 +99,8 @@ class LossBased:
     def check(self, rule: str, objective: Objective) -> None:
         if not objective.logarithmic:
             raise ValueError(
-                f"{rule}: got a learning rate that divides by the loss and an objective that may be negative, "
-                f"expected a positive loss, try lr={self.lr!r}"
+                f"{rule}: got a learning rate that divides by the loss and an objective that may "
+                f"be negative, expected a positive loss, try lr={self.lr!r}"
             )
 
     def log(self, age: Tensor, lam: Tensor) -> Tensor:
@@ -112,43 +108,42 @@ class LossBased:
 
 
 @dataclass(frozen=True)
-class PerStep:
+class PerStep(LearningRate):
     """η_k = lr[k], k = 0, 1, …; after the end of the sequence its last value."""
 
     lr: Iterable[float]
-    _log: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = (
-            tuple(self.lr) if isinstance(self.lr, Iterable) and not isinstance(self.lr, str) else ()
-        )
+        listed = isinstance(self.lr, Iterable) and not isinstance(self.lr, str)
+        values = tuple(self.lr) if listed else ()
         if not values:
             raise ValueError(
-                f"PerStep: got lr={self.lr!r}, expected a non-empty sequence of numbers, try [0.1, 0.01]"
+                f"PerStep: got lr={self.lr!r}, expected a non-empty sequence of numbers, "
+                "try [0.1, 0.01]"
             )
-        for k, value in enumerate(values):
-            require_positive("PerStep", **{f"lr[{k}]": value})
+        require_positive("PerStep", **{f"lr[{k}]": value for k, value in enumerate(values)})
         object.__setattr__(self, "lr", tuple(float(v) for v in values))
-        object.__setattr__(self, "_log", torch.tensor(values, dtype=torch.float64).log())
+
+    @cached_property
+    def _logs(self) -> Float[Tensor, " K"]:
+        return torch.tensor(self.lr, dtype=torch.float64).log()
 
     @property
     def label(self) -> str:
-        return f"lr of each step ({len(self._log)})"
-
-    def check(self, rule: str, objective: Objective) -> None:
-        pass
+        return f"lr of each step ({len(self._logs)})"
 
     def log(self, age: Tensor, lam: Tensor) -> Tensor:
-        return self._log.to(lam.device)[age.long().clamp_max(len(self._log) - 1)]
+        return self._logs.to(lam.device)[age.long().clamp_max(len(self._logs) - 1)]
 
 
 def as_learning_rate(rule: str, lr: Any) -> LearningRate:
     """A number as a constant, a schedule as it is; anything else is refused in the name of
     ``rule``."""
-    if all(callable(getattr(lr, verb, None)) for verb in ("log", "check")) and hasattr(lr, "label"):
+    if isinstance(lr, LearningRate) and not isinstance(lr, type):
         return lr
     if not is_positive(lr):
         raise ValueError(
-            f"{rule}: got lr={lr!r}, expected a finite number > 0 or a schedule, try flowsim.Decay(0.1, power=0.5)"
+            f"{rule}: got lr={lr!r}, expected a finite number > 0 or a schedule, "
+            "try flowsim.Decay(0.1, power=0.5)"
         )
     return Constant(lr)

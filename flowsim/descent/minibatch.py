@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowsim.checks import require_flag, require_instance, require_whole
 from flowsim.descent.rule import Discrete
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import advance_by_steps
@@ -50,25 +51,16 @@ class MiniBatches:
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, Discrete):
-            raise TypeError(
-                f"MiniBatches: got rule {self.rule!r}, expected a discrete rule of flowsim, "
-                "try flowsim.GradientDescent(0.1)"
-            )
-        for name, least in (("size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"MiniBatches: got {name}={value!r}, expected an integer ≥ {least}"
-                )
-        if not isinstance(self.replacement, bool):
-            raise TypeError(
-                f"MiniBatches: got replacement={self.replacement!r}, expected True or False"
-            )
+        expected = "a discrete rule of flowsim, try flowsim.GradientDescent(0.1)"
+        require_instance("MiniBatches", Discrete, expected, rule=self.rule)
+        require_whole("MiniBatches", 1, size=self.size)
+        require_whole("MiniBatches", 0, seed=self.seed)
+        require_flag("MiniBatches", replacement=self.replacement)
 
     @property
     def label(self) -> str:
-        return f"{self.rule.label}, batches of {self.size}{' with replacement' if self.replacement else ''}"
+        how = " with replacement" if self.replacement else ""
+        return f"{self.rule.label}, batches of {self.size}{how}"
 
     def start(self, problem: Problem, w_or_state: Tensor | State) -> State:
         if not isinstance(problem, Problem):
@@ -77,25 +69,22 @@ class MiniBatches:
             )
         if self.size > problem.examples:
             raise ValueError(
-                f"MiniBatches: got size={self.size}, expected at most {problem.examples}, all examples"
+                f"MiniBatches: got size={self.size}, expected at most {problem.examples}, all "
+                "examples"
             )
-        w, old = (
-            (w_or_state.w, w_or_state.memory) if isinstance(w_or_state, State) else (w_or_state, {})
-        )
-        problem.check_weights(w)
-        if "stream" in old:
-            stream, order, age = old["stream"], old["order"], old["age"]
+        given = initial_state(problem, w_or_state)
+        w, memory = given.w, given.memory
+        if "stream" in memory:
+            stream, order, age = memory["stream"], memory["order"], memory["age"]
         else:
             stream = torch.tensor([_stream(row, self.seed) for row in w], device=w.device)
             age = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-            order = self._shuffled(
-                problem, stream, age, torch.zeros(len(w), problem.examples).long()
-            )
+            none = torch.zeros(len(w), problem.examples).long()
+            order = self._shuffled(problem, stream, age, none)
         state = self.rule.start(self._sampled(problem, order, age), w_or_state)
-        status = initial_state(
-            problem, w_or_state
-        ).status  # a batch without a gradient is no reason to stop
-        return self._seen(problem, replace(state, status=status), stream=stream, order=order)
+        # a batch without a gradient is no reason to stop
+        state = replace(state, status=given.status)
+        return self._seen(problem, state, stream=stream, order=order)
 
     def advance(self, problem: Problem, state: State, until: Target, budget: int) -> State:
         norm = self.rule.bound(problem)
@@ -113,9 +102,8 @@ class MiniBatches:
     def _seen(problem: Problem, state: State, **kept: Tensor) -> State:
         """A state of the rule as it is seen from outside: with the level of all examples."""
         memory = state.memory | {"level": state.readings["lam"]} | kept
-        return replace(
-            state, memory=memory, readings=state.readings | {"lam": problem.lam(state.w).double()}
-        )
+        readings = state.readings | {"lam": problem.lam(state.w).double()}
+        return replace(state, memory=memory, readings=readings)
 
     def _epoch(self, problem: Problem) -> int:
         return problem.examples // self.size

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import require_not_negative, require_share
-from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
-from flowsim.descent.momentum import Average, Frame, Momentum, Nesterov, blank_momentum, remembered
-from flowsim.descent.rule import Discrete, Step, take
+from flowsim.checks import require_flag, require_instance, require_share, require_whole
+from flowsim.descent.learning_rates import LearningRateLike
+from flowsim.descent.momentum import Average, Momentum, Nesterov
+from flowsim.descent.rule import Memory, Step, WithLearningRate
 from flowsim.layout import Layout
 from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
@@ -36,10 +36,7 @@ class NewtonSchulz:
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(
-                f"NewtonSchulz: got steps={self.steps!r}, expected an integer ≥ 1, try 5"
-            )
+        require_whole("NewtonSchulz", steps=self.steps)
         if len(self.coefficients) != 3:
             raise ValueError(
                 f"NewtonSchulz: got coefficients={self.coefficients!r}, expected three numbers"
@@ -58,7 +55,7 @@ class NewtonSchulz:
 
 
 @dataclass(frozen=True)
-class Muon(Discrete):
+class Muon(WithLearningRate):
     """W_l ← (1 − ηλ)W_l − η·c_l·O_l, with O_l the polar factor UVᵀ of the block's average of
     gradients, for a vector the unit vector along it (Jordan et al. 2024): normalised steepest
     descent in the `modular` norm.
@@ -79,19 +76,11 @@ class Muon(Discrete):
     memoryless = False
 
     def __post_init__(self) -> None:
-        as_learning_rate("Muon", self.lr)
+        super().__post_init__()
         require_share("Muon", beta=self.beta)
-        require_not_negative("Muon", decay=self.decay)
-        if not isinstance(self.nesterov, bool):
-            raise TypeError(f"Muon: got nesterov={self.nesterov!r}, expected True or False")
-        if self.polar is not None and not isinstance(self.polar, NewtonSchulz):
-            raise TypeError(
-                f"Muon: got polar={self.polar!r}, expected None or an instance, try flowsim.NewtonSchulz()"
-            )
-
-    @cached_property
-    def schedule(self) -> LearningRate:
-        return as_learning_rate("Muon", self.lr)
+        require_flag("Muon", nesterov=self.nesterov)
+        expected = "None or an instance, try flowsim.NewtonSchulz()"
+        require_instance("Muon", NewtonSchulz | None, expected, polar=self.polar)
 
     @cached_property
     def momentum(self) -> Momentum:
@@ -99,44 +88,41 @@ class Muon(Discrete):
 
     @property
     def label(self) -> str:
-        factor = "" if self.polar is None else f" with {self.polar.steps} Newton–Schulz steps"
-        decay = f", λ = {self.decay:g}" if self.decay else ""
-        return f"Muon{factor}, {self.schedule.label}, β = {self.beta:g}{decay}"
+        if self.polar is None:
+            return super().label
+        factor = f"Muon with {self.polar.steps} Newton–Schulz steps"
+        return factor + super().label.removeprefix("Muon")
+
+    @property
+    def details(self) -> list[str]:
+        return [f"β = {self.beta:g}"]
 
     @property
     def kind(self) -> str:
         return f"Muon {type(self.momentum).__name__}"
 
     def bound(self, problem: Objective) -> Norm:
-        self.schedule.check("Muon", problem)
         return modular(problem.layout, self.scales)
 
-    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
-        return blank_momentum(self.momentum, state)
+    def blank(self, problem: Objective, state: State) -> Memory:
+        return self.momentum.blank(state)
 
-    def step(self, problem: Objective, norm: Norm, state: State) -> State:
-        frame = Frame.follow(problem, state, self.beta)
-        own, followed = remembered(self.momentum, state, frame)
-        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
-        lr = torch.exp(log_lr)
-        direction = (
-            norm.steepest(followed)
-            if self.polar is None
-            else self._approximate(problem.layout, followed)
-        )
-        move = lr.to(direction)[:, None] * (direction - self.decay * state.w)
-        return take(problem, norm, state, Step(move, norm.value(move).double()), own)
+    def plan(
+        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+    ) -> tuple[Step, Memory]:
+        followed, own = self.momentum.followed(problem, state)
+        if self.polar is None:
+            direction = norm.steepest(followed)
+        else:
+            direction = self._approximate(self.polar, problem.layout, followed)
+        return Step(torch.exp(log_lr).to(direction)[:, None] * direction), own
 
-    def _approximate(self, layout: Layout, followed: Tensor) -> Tensor:
+    def _approximate(self, polar: NewtonSchulz, layout: Layout, followed: Tensor) -> Tensor:
         """The direction with the matrices' factors from ``polar``."""
-        assert self.polar is not None
-        parts = []
+        parts, scales = [], self.scales or {}
         for block in layout:
             part = block.of(followed)
-            unit = (
-                self.polar(part.flatten(2)).flatten(1)
-                if len(block.shape) > 1
-                else L2().steepest(part)
-            )
-            parts.append((self.scales or {}).get(block.name, 1.0) * unit)
+            matrix = len(block.shape) > 1
+            unit = polar(part.flatten(2)).flatten(1) if matrix else L2().steepest(part)
+            parts.append(scales.get(block.name, 1.0) * unit)
         return torch.cat(parts, 1)

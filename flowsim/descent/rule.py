@@ -1,14 +1,18 @@
-"""What discrete rules share: the bookkeeping of a step, and the base of rules whose step is one
+"""What discrete rules share: the bookkeeping of a step, and the bases of rules whose step is one
 gradient."""
 
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
+from html import escape
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import require_not_negative
+from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
 from flowsim.motion.clocks import Target, log_time_rate
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State, Status, initial_state
@@ -16,88 +20,90 @@ from flowsim.norms.norm import Norm
 from flowsim.numerics.quadrature import log_mean_exp
 from flowsim.problems.objective import Objective
 
+Memory = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Step:
-    """A straight step: ``move (B, P)`` of length ``length (B,)`` in the rule's norm.
+    """A straight step: ``move (B, P)`` of length ``length (B,)`` in the rule's norm, measured where
+    it is None.
 
     ``log_time`` is the logarithm of the time that it takes, None where that is the steepest flow's
     for this path."""
 
     move: Float[Tensor, "B P"]
-    length: Float[Tensor, " B"]
+    length: Float[Tensor, " B"] | None = None
     log_time: Float[Tensor, " B"] | None = None
+
+
+def _seen(objective: Objective, norm: Norm, w: Tensor) -> tuple[Tensor, Memory]:
+    """Λ at w, and what a step wants to know there: h = ∇Λ, ‖h‖_* and ‖w‖. One gradient."""
+    lam, h = objective.ascent(w)
+    dual_norm, size = norm.dual(h).double(), norm.value(w).double()
+    return lam.double(), {"ascent": h, "dual_norm": dual_norm, "size": size}
 
 
 def begin(objective: Objective, norm: Norm, w_or_state: Tensor | State) -> State:
     """A state with the gradient at hand, as `take` wants it. One gradient evaluation."""
     state = initial_state(objective, w_or_state)
-    lam, h = objective.ascent(state.w)
+    lam, here = _seen(objective, norm, state.w)
     state = replace(
         state,
-        readings=state.readings | {"lam": lam.double()},
+        readings=state.readings | {"lam": lam},
         tallies=state.tallies | {"gradients": state.tallies["gradients"] + 1},
-        memory={
-            "ascent": h,
-            "dual": norm.dual(h).double(),
-            "size": norm.value(state.w).double(),
-        },
+        memory=here,
         multipliers=None,
         segment=None,
     )
-    return state.stopped(state.memory["dual"] == 0, Status.STATIONARY)
+    return state.stopped(here["dual_norm"] == 0, Status.STATIONARY)
 
 
 def take(
-    objective: Objective,
-    norm: Norm,
-    state: State,
-    step: Step,
-    remembered: dict[str, Tensor] | None = None,
+    objective: Objective, norm: Norm, state: State, step: Step, remembered: Memory | None = None
 ) -> State:
     """The state after a straight step of every trajectory, with what the rule has ``remembered``.
     One gradient evaluation. A trajectory that the step would take to numbers that are not finite
     stays and stops."""
     w = state.w + step.move
-    lam, h = objective.ascent(w)
-    lam = lam.double()
-    before, readings = state.memory, state.readings
-    dual, size = norm.dual(h).double(), norm.value(w).double()
-    log_time = step.log_time
-    if log_time is None:
-        here, there = (
-            log_time_rate(objective, a, b)
-            for a, b in ((readings["lam"], before["dual"]), (lam, dual))
-        )
-        log_time = torch.log(step.length) + log_mean_exp(here, there)
-    mean_size = 0.5 * (before["size"] + size)
+    lam, here = _seen(objective, norm, w)
+    memory = state.memory | here | (remembered or {})
+    if "age" in memory:
+        memory["age"] = memory["age"] + 1
     moved = State(
         w=w,
-        readings={
-            "steps": readings["steps"] + 1,
-            "lam": lam,
-            "log_time": torch.logaddexp(readings["log_time"], log_time),
-            "arclength": readings["arclength"] + step.length,
-            "relative": readings["relative"]
-            + torch.where(mean_size > 0, step.length / mean_size, 0.0),
-            "dissipated": readings["dissipated"] + step.length * 0.5 * (before["dual"] + dual),
-        },
-        tallies=state.tallies
-        | {"gradients": state.tallies["gradients"] + 1, "accepted": state.tallies["accepted"] + 1},
+        readings=_readings(objective, norm, state, step, here | {"lam": lam}),
+        tallies=state.tallies | {k: state.tallies[k] + 1 for k in ("gradients", "accepted")},
         status=state.status,
         step_size=state.step_size,
-        memory=before | {"ascent": h, "dual": dual, "size": size} | (remembered or {}),
+        memory=memory,
     )
-    if "age" in before:
-        moved.memory["age"] = before["age"] + 1
-    finite = torch.isfinite(lam + dual + size)
-    if not bool(finite.all()):
-        moved = (
-            replace(moved, segment=state.segment)
-            .where(finite, state)
-            .stopped(~finite, Status.NONFINITE)
-        )
-    return moved
+    finite = torch.isfinite(lam + here["dual_norm"] + here["size"])
+    if bool(finite.all()):
+        return moved
+    moved = replace(moved, segment=state.segment).where(finite, state)
+    return moved.stopped(~finite, Status.NONFINITE)
+
+
+def _readings(
+    objective: Objective, norm: Norm, state: State, step: Step, there: Memory
+) -> dict[str, Float[Tensor, " B"]]:
+    """The readings at the end of a step that has led ``there``, by the trapezoidal rule."""
+    here = state.memory | {"lam": state.readings["lam"]}
+    length = norm.value(step.move).double() if step.length is None else step.length
+    log_time = step.log_time
+    if log_time is None:
+        rates = (log_time_rate(objective, at["lam"], at["dual_norm"]) for at in (here, there))
+        log_time = torch.log(length) + log_mean_exp(*rates)
+    dual_norm, size = (0.5 * (here[name] + there[name]) for name in ("dual_norm", "size"))
+    gained = {
+        "steps": 1,
+        "arclength": length,
+        "relative": torch.where(size > 0, length / size, 0.0),
+        "dissipated": length * dual_norm,
+    }
+    total = {name: state.readings[name] + gain for name, gain in gained.items()}
+    log_time = torch.logaddexp(state.readings["log_time"], log_time)
+    return total | {"lam": there["lam"], "log_time": log_time}
 
 
 def stop_if_still(moved: State, before: State) -> State:
@@ -108,7 +114,7 @@ def stop_if_still(moved: State, before: State) -> State:
     # a step that moves no weight is at most a unit of rounding long, times what the norm makes of
     # single entries
     short = ~(length > torch.finfo(moved.w.dtype).eps ** 0.5 * moved.memory["size"])
-    flat = moved.memory["dual"] == 0
+    flat = moved.memory["dual_norm"] == 0
     if not bool((short | flat).any()):
         return moved
     still = short & (moved.w == before.w).all(-1) & moved.running
@@ -125,6 +131,9 @@ class Discrete(ABC):
     States of rules of the same `kind` go on with its memory, so that a run can be resumed; others
     begin a new one."""
 
+    norm: Norm
+    """The norm that lengths are measured in."""
+
     memoryless: bool = True
     """Whether a step is a function of the weights alone, so that one that moves nothing is the
     last."""
@@ -139,15 +148,15 @@ class Discrete(ABC):
         """The rules that can go on with each other's memory."""
         return type(self).__name__
 
-    @abstractmethod
     def bound(self, problem: Objective) -> Norm:
-        """The norm that lengths are measured in, with the problem's shapes."""
+        """The norm with the problem's shapes."""
+        return self.norm.bind(problem.layout)
 
     @abstractmethod
     def step(self, problem: Objective, norm: Norm, state: State) -> State:
         """The state one step later, by way of `take`."""
 
-    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
+    def blank(self, problem: Objective, state: State) -> Memory:
         """What the rule remembers before its first step."""
         return {}
 
@@ -155,8 +164,10 @@ class Discrete(ABC):
         state = begin(problem, self.bound(problem), w_or_state)
         kind = torch.full_like(state.status, zlib.crc32(self.kind.encode()))
         own = {"age": torch.zeros_like(state.step_size), "kind": kind} | self.blank(problem, state)
-        if isinstance(w_or_state, State):
-            own = _inherited(own, w_or_state.memory)
+        old = w_or_state.memory if isinstance(w_or_state, State) else {}
+        same = all(name in old and old[name].shape == own[name].shape for name in own)
+        if same and torch.equal(own["kind"], old["kind"]):
+            own = {name: old[name] for name in own}
         return replace(state, memory=state.memory | own)
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
@@ -168,10 +179,55 @@ class Discrete(ABC):
 
         return advance_by_steps(step, problem, state, until, budget)
 
+    def _repr_html_(self) -> str:
+        return f"<b>{escape(self.label)}</b><br><code>{escape(repr(self))}</code>"
 
-def _inherited(own: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The memory ``old`` in the place of ``own`` where it is that of a rule of the same kind."""
-    same = own.keys() <= old.keys() and all(own[name].shape == old[name].shape for name in own)
-    return (
-        {name: old[name] for name in own} if same and torch.equal(own["kind"], old["kind"]) else own
-    )
+
+class WithLearningRate(Discrete):
+    """A discrete rule with a learning rate η_k and decay λ of the weights: w ← (1 − ηλ)w + (the
+    move that it plans)."""
+
+    lr: LearningRateLike
+    decay: float
+
+    def __post_init__(self) -> None:
+        as_learning_rate(self.title, self.lr)
+        require_not_negative(self.title, decay=self.decay)
+
+    @property
+    def title(self) -> str:
+        """What errors call this rule, and labels begin with."""
+        return type(self).__name__
+
+    @property
+    def details(self) -> list[str]:
+        """What its label says beside learning rate and decay."""
+        return []
+
+    @property
+    def label(self) -> str:
+        decay = [f"λ = {self.decay:g}"] if self.decay else []
+        return ", ".join([self.title, self.schedule.label, *self.details, *decay])
+
+    @cached_property
+    def schedule(self) -> LearningRate:
+        return as_learning_rate(self.title, self.lr)
+
+    @abstractmethod
+    def plan(
+        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+    ) -> tuple[Step, Memory]:
+        """The step with log η_k = ``log_lr`` and without decay, and what is remembered after
+        it."""
+
+    def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
+        self.schedule.check(self.title, problem)
+        return super().start(problem, w_or_state)
+
+    def step(self, problem: Objective, norm: Norm, state: State) -> State:
+        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
+        step, remembered = self.plan(problem, norm, state, log_lr)
+        if self.decay:
+            lost = (self.decay * torch.exp(log_lr)).to(state.w)[:, None] * state.w
+            step = Step(step.move - lost, log_time=step.log_time)
+        return take(problem, norm, state, step, remembered)

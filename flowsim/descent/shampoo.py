@@ -3,16 +3,15 @@ moments."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import require_not_negative, require_share
-from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
+from flowsim.checks import is_finite, require_not_negative, require_share
+from flowsim.descent.learning_rates import LearningRateLike
 from flowsim.descent.momentum import Frame, no_frame
-from flowsim.descent.rule import Discrete, Step, take
+from flowsim.descent.rule import Memory, Step, WithLearningRate
 from flowsim.layout import Block
 from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
@@ -22,7 +21,7 @@ from flowsim.problems.objective import Objective
 
 
 @dataclass(frozen=True)
-class Shampoo(Discrete):
+class Shampoo(WithLearningRate):
     """For each matrix W with gradient G (Gupta, Koren & Singer 2018):
 
         L ← L + GGᵀ,   R ← R + GᵀG,   W ← (1 − ηλ)W − η·(L + ε)^{−p} G (R + ε)^{−p},
@@ -46,69 +45,59 @@ class Shampoo(Discrete):
     memoryless = False
 
     def __post_init__(self) -> None:
-        as_learning_rate("Shampoo", self.lr)
-        if self.beta is not None:
-            require_share("Shampoo", beta=self.beta)
-        require_not_negative("Shampoo", eps=self.eps, decay=self.decay)
-        if isinstance(self.exponent, bool) or not 0 < self.exponent < 0.5:
+        super().__post_init__()
+        require_share("Shampoo", beta=0.0 if self.beta is None else self.beta)
+        require_not_negative("Shampoo", eps=self.eps)
+        if not (is_finite(self.exponent) and 0 < self.exponent < 0.5):
             raise ValueError(
-                f"Shampoo: got exponent={self.exponent!r}, expected a number between 0 and ½, try 0.25"
+                f"Shampoo: got exponent={self.exponent!r}, expected a number between 0 and ½, "
+                "try 0.25"
             )
 
-    @cached_property
-    def schedule(self) -> LearningRate:
-        return as_learning_rate("Shampoo", self.lr)
-
     @property
-    def label(self) -> str:
+    def details(self) -> list[str]:
         kept = "sums" if self.beta is None else f"β = {self.beta:g}"
-        decay = f", λ = {self.decay:g}" if self.decay else ""
-        return f"Shampoo, {self.schedule.label}, {kept}, p = {self.exponent:g}, ε = {self.eps:g}{decay}"
+        return [kept, f"p = {self.exponent:g}", f"ε = {self.eps:g}"]
 
     @property
     def kind(self) -> str:
         return "Shampoo sum" if self.beta is None else "Shampoo"
 
     def bound(self, problem: Objective) -> Norm:
-        self.schedule.check("Shampoo", problem)
         return modular(problem.layout)
 
-    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
+    def blank(self, problem: Objective, state: State) -> Memory:
         own = {"frame": no_frame(state)}
         for i, block in enumerate(problem.layout if self.beta != 0 else ()):
-            sides = _matrix(block, state.w).shape[1:]
-            for side, size in zip(
-                ("left", "right"), sides if len(block.shape) > 1 else sides[:1], strict=False
-            ):
+            m, n = _matrix(block, state.w).shape[1:]
+            sides = {"left": m, "right": n} if len(block.shape) > 1 else {"left": m}
+            for side, size in sides.items():
                 own[f"{side}{i}"] = state.w.new_zeros(len(state.w), size, size)
         return own
 
-    def step(self, problem: Objective, norm: Norm, state: State) -> State:
+    def plan(
+        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+    ) -> tuple[Step, Memory]:
         frame = Frame.follow(problem, state, 1.0 if self.beta is None else math.sqrt(self.beta))
         own, parts, ascent = {"frame": frame.log_unit}, [], frame.gradient(state)
-        log_eps = math.log(self.eps) if self.eps > 0 else -math.inf
-        eps = torch.exp(log_eps - 2 * frame.log_unit).to(state.w)
+        eps = frame.inside(self.eps, 2).to(state.w)
         for i, block in enumerate(problem.layout):
             G = _matrix(block, ascent)
             moments = self._moments(i, G, state, frame)
             own |= moments
             parts.append(self._direction(G, list(moments.values()), eps).flatten(1))
-        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
         # of each side e^{−2pS}, and e^{S} of the gradient
-        scale = torch.exp(log_lr + (1 - 4 * self.exponent) * frame.log_unit).to(state.w)[:, None]
-        move = scale * torch.cat(parts, 1)
-        if self.decay:
-            move = move - (self.decay * torch.exp(log_lr)).to(move)[:, None] * state.w
+        scale = torch.exp(log_lr + (1 - 4 * self.exponent) * frame.log_unit).to(state.w)
         log_time = log_lr / (1 - 2 * self.exponent) if self.beta is None else log_lr
-        return take(problem, norm, state, Step(move, norm.value(move).double(), log_time), own)
+        return Step(scale[:, None] * torch.cat(parts, 1), log_time=log_time), own
 
     def _moments(self, i: int, G: Tensor, state: State, frame: Frame) -> dict[str, Tensor]:
         """What is remembered of block i, in the frame's units; nothing without accumulation."""
-        kept, share = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        moments = {}
+        kept, weight = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
+        factor, moments = kept * (frame.keep**2)[..., None], {}
         for side, new in ((f"left{i}", G @ G.mT), (f"right{i}", G.mT @ G)):
             if side in state.memory:
-                moments[side] = kept * (frame.keep**2)[..., None] * state.memory[side] + share * new
+                moments[side] = factor * state.memory[side] + weight * new
         return moments
 
     def _direction(self, G: Tensor, moments: list[Tensor], eps: Float[Tensor, " B"]) -> Tensor:
@@ -120,11 +109,10 @@ class Shampoo(Discrete):
         if len(moments) == 1:
             return _power(moments[0], eps, -2 * self.exponent) @ G
         u, s, v = svd(G)
-        s = torch.where(
-            s <= max(G.shape[1:]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True), 0.0, s
-        )
-        squares = s**2 + eps[:, None]
-        return (u * (s * _inverse_power(squares, -2 * self.exponent))[:, None, :]) @ v.mT
+        rounding = max(G.shape[1:]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
+        s = torch.where(s <= rounding, 0.0, s)
+        scaled = s * _power_or_zero(s**2 + eps[:, None], -2 * self.exponent)
+        return (u * scaled[:, None, :]) @ v.mT
 
 
 def _matrix(block: Block, w: Tensor) -> Float[Tensor, "B m n"]:
@@ -140,8 +128,9 @@ def _power(
     values, basis = torch.linalg.eigh(moment)
     rounding = moment.shape[-1] * torch.finfo(moment.dtype).eps * values[..., -1:]
     values = torch.where(values <= rounding, 0.0, values) + eps[:, None]
-    return (basis * _inverse_power(values, power)[:, None, :]) @ basis.mT
+    return (basis * _power_or_zero(values, power)[:, None, :]) @ basis.mT
 
 
-def _inverse_power(values: Tensor, power: float) -> Tensor:
-    return torch.where(values > 0, torch.where(values > 0, values, 1.0) ** power, 0.0)
+def _power_or_zero(values: Tensor, power: float) -> Tensor:
+    positive = values > 0
+    return torch.where(positive, torch.where(positive, values, 1.0) ** power, 0.0)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Small explicit steps along the steepest direction."""
 
 from dataclasses import dataclass, replace
 
@@ -42,8 +42,8 @@ class SmallStep:
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         state = begin(problem, self.norm.bind(problem.layout), w_or_state)
-        still = Step(torch.zeros_like(state.w), torch.zeros_like(state.readings["lam"]))
-        return replace(state, segment=_segment(problem, state, state, still))
+        none, nowhere = torch.zeros_like(state.w), torch.zeros_like(state.readings["lam"])
+        return replace(state, segment=_segment(problem, state, state, none, nowhere))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         norm = self.norm.bind(problem.layout)
@@ -53,32 +53,32 @@ class SmallStep:
 
     def _step(self, problem: Objective, norm: Norm, state: State) -> State:
         u = norm.steepest(state.memory["ascent"])
-        length = self.dlam / state.memory["dual"]
+        length = self.dlam / state.memory["dual_norm"]
         if problem.degree > 1:
-            reach = self.relative / (problem.degree - 1) * state.w.abs().amax(-1) / u.abs().amax(-1)
+            share = self.relative / (problem.degree - 1)
+            reach = share * state.w.abs().amax(-1) / u.abs().amax(-1)
             length = torch.minimum(length, reach.double())
-        step = Step(length.to(u)[:, None] * u, length)
-        moved = stop_if_still(take(problem, norm, state, step), state)
-        return replace(moved, segment=_segment(problem, state, moved, step))
+        move = length.to(u)[:, None] * u
+        moved = stop_if_still(take(problem, norm, state, Step(move, length)), state)
+        return replace(moved, segment=_segment(problem, state, moved, move, length))
 
 
-def _segment(objective: Objective, a: State, b: State, step: Step) -> Segment:
-    """The straight step from a to b."""
-
-    def time_rate(s: State) -> Tensor:
-        return log_time_rate(objective, s.readings["lam"], s.memory["dual"]) + torch.log(
-            step.length
-        )
-
+def _segment(objective: Objective, a: State, b: State, move: Tensor, length: Tensor) -> Segment:
+    """The straight step of this length from a to b."""
+    log_length = torch.log(length)
+    time_rates = [
+        log_length + log_time_rate(objective, at.readings["lam"], at.memory["dual_norm"])
+        for at in (a, b)
+    ]
     return Segment(
         w0=a.w,
         w1=b.w,
-        slope0=step.move,
-        slope1=step.move,
+        slope0=move,
+        slope1=move,
         readings0=a.readings,
         readings1=b.readings,
-        lam_slope0=(a.memory["ascent"] * step.move).sum(-1).double(),
-        lam_slope1=(b.memory["ascent"] * step.move).sum(-1).double(),
-        time_rate0=time_rate(a),
-        time_rate1=time_rate(b),
+        lam_slope0=(a.memory["ascent"] * move).sum(-1).double(),
+        lam_slope1=(b.memory["ascent"] * move).sum(-1).double(),
+        time_rate0=time_rates[0],
+        time_rate1=time_rates[1],
     )

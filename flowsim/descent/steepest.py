@@ -1,23 +1,16 @@
-"""Steepest descent with a learning rate, and small steps of the steepest flow, as rules."""
+"""Steepest descent with a learning rate."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import require_not_negative
-from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
-from flowsim.descent.momentum import (
-    Average,
-    Frame,
-    Momentum,
-    blank_momentum,
-    remembered,
-    require_momentum,
-)
-from flowsim.descent.rule import Discrete, Step, take
+from flowsim.checks import require_flag, require_instance
+from flowsim.descent.learning_rates import LearningRateLike
+from flowsim.descent.momentum import Average, Momentum
+from flowsim.descent.rule import Memory, Step, WithLearningRate
 from flowsim.motion.clocks import log_time_rate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm, require_norm
@@ -26,7 +19,7 @@ from flowsim.problems.objective import Objective
 
 
 @dataclass(frozen=True)
-class SteepestDescent(Discrete):
+class SteepestDescent(WithLearningRate):
     """Steepest descent in any norm with a learning rate η_k, g = ∇𝓛(w):
 
         w ← w − η·‖g‖_*·u   or, ``normalized``,   w ← w − η·u,   ⟨u, g⟩ = ‖g‖_*, ‖u‖ = 1.
@@ -47,25 +40,21 @@ class SteepestDescent(Discrete):
     decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_norm("SteepestDescent", self.norm)
-        as_learning_rate("SteepestDescent", self.lr)
-        require_momentum("SteepestDescent", self.momentum)
-        require_not_negative("SteepestDescent", decay=self.decay)
-        if not isinstance(self.normalized, bool):
-            raise TypeError(
-                f"SteepestDescent: got normalized={self.normalized!r}, expected True or False"
-            )
-
-    @cached_property
-    def schedule(self) -> LearningRate:
-        return as_learning_rate("SteepestDescent", self.lr)
+        expected = "None or one of its kinds, try flowsim.HeavyBall(0.9)"
+        require_instance("SteepestDescent", Momentum | None, expected, momentum=self.momentum)
+        require_flag("SteepestDescent", normalized=self.normalized)
 
     @property
     def label(self) -> str:
         name = self.name or f"{self.norm.title} descent"
-        momentum = f", β = {self.momentum.beta:g}" if self.momentum is not None else ""
-        decay = f", λ = {self.decay:g}" if self.decay else ""
-        return f"{'normalised ' if self.normalized else ''}{name}, {self.schedule.label}{momentum}{decay}"
+        said = super().label.removeprefix(self.title)
+        return f"{'normalised ' if self.normalized else ''}{name}{said}"
+
+    @property
+    def details(self) -> list[str]:
+        return [] if self.momentum is None else [f"β = {self.momentum.beta:g}"]
 
     @property
     def kind(self) -> str:
@@ -75,38 +64,27 @@ class SteepestDescent(Discrete):
     def memoryless(self) -> bool:  # type: ignore[override]
         return self.momentum is None
 
-    def bound(self, problem: Objective) -> Norm:
-        self.schedule.check("SteepestDescent", problem)
-        return self.norm.bind(problem.layout)
+    def blank(self, problem: Objective, state: State) -> Memory:
+        return {} if self.momentum is None else self.momentum.blank(state)
 
-    def blank(self, problem: Objective, state: State) -> dict[str, Tensor]:
-        return blank_momentum(self.momentum, state)
-
-    def step(self, problem: Objective, norm: Norm, state: State) -> State:
-        lam = state.readings["lam"]
-        log_lr = self.schedule.log(state.memory["age"], lam)
-        log_force = -log_time_rate(
-            problem, lam, state.memory["dual"]
-        )  # log ‖g‖_*: one over the rate dt/ds
-        m: dict[str, Tensor] = {}
-        if self.momentum is None:
-            followed = state.memory["ascent"]
-            log_strength = log_force
-        else:
-            frame = Frame.follow(problem, state, self.momentum.beta)
-            m, followed = remembered(self.momentum, state, frame)
-            log_strength = frame.log_unit + torch.log(norm.dual(followed).double())
+    def plan(
+        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+    ) -> tuple[Step, Memory]:
+        # log ‖g‖_*: one over the rate dt/ds
+        log_force = -log_time_rate(problem, state.readings["lam"], state.memory["dual_norm"])
+        own: Memory = {}
+        followed, log_strength = state.memory["ascent"], log_force
+        if self.momentum is not None:
+            followed, own = self.momentum.followed(problem, state)
+            log_strength = own["frame"] + torch.log(norm.dual(followed).double())
         length = torch.exp(log_lr if self.normalized else log_lr + log_strength)
         move = length.to(followed)[:, None] * norm.steepest(followed)
-        if self.decay:
-            move = move - (self.decay * torch.exp(log_lr)).to(move)[:, None] * state.w
-            length = norm.value(move).double()
-        return take(problem, norm, state, Step(move, length, self._log_time(log_lr, log_force)), m)
+        return Step(move, length, self._log_time(log_lr, log_force)), own
 
     def _log_time(self, log_lr: Tensor, log_force: Tensor) -> Tensor | None:
-        if not self.normalized:
-            return log_lr + math.log(self.momentum.gain if self.momentum is not None else 1.0)
-        return log_lr - log_force if self.momentum is None else None
+        if self.momentum is None:
+            return log_lr - log_force if self.normalized else log_lr
+        return None if self.normalized else log_lr + math.log(self.momentum.gain)
 
 
 def GradientDescent(

@@ -163,7 +163,7 @@ def test_sizes_and_seeds_are_integers(option, value):
 
 
 def test_the_rule_is_a_discrete_one():
-    with pytest.raises(TypeError, match="MiniBatches: got rule .*expected a discrete rule"):
+    with pytest.raises(TypeError, match="MiniBatches: got rule=.*expected a discrete rule"):
         fs.MiniBatches(fs.SteepestFlow(fs.L2()), 2)
     with pytest.raises(TypeError, match="MiniBatches: got replacement='no'"):
         fs.MiniBatches(fs.Adam(), 2, replacement="no")
