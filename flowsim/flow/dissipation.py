@@ -6,13 +6,13 @@ margins is claimed. Each potential says where a gradient g = e^σ·a leads, and 
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.checks import require_positive
+from flowsim.checks import require_fraction, require_instance, require_positive
 from flowsim.flow.explicit import DOPRI5
 from flowsim.flow.field import Field, Sample, per_length
 from flowsim.flow.steps import Method
@@ -22,6 +22,7 @@ from flowsim.norms.vector import L2
 from flowsim.problems.objective import Objective
 
 
+@runtime_checkable
 class Potential(Protocol):
     """A convex dissipation potential ψ*, by its gradient."""
 
@@ -135,16 +136,9 @@ class DissipationFlow:
     method: Method = DOPRI5
 
     def __post_init__(self) -> None:
-        if isinstance(self.potential, type) or not hasattr(self.potential, "velocity"):
-            raise TypeError(
-                f"DissipationFlow: got potential {self.potential!r}, expected one, "
-                "try flowsim.SmoothSign(1e-8)"
-            )
-        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if not (isinstance(value, int | float) and 0 < value < 1):
-                raise ValueError(
-                    f"DissipationFlow: got {name}={value!r}, expected a number between 0 and 1"
-                )
+        expected = "one, try flowsim.SmoothSign(1e-8)"
+        require_instance("DissipationFlow", Potential, expected, potential=self.potential)
+        require_fraction("DissipationFlow", rtol=self.rtol, atol=self.atol)
 
     @property
     def label(self) -> str:

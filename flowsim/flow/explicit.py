@@ -4,21 +4,22 @@ At ties and kinks their error estimates collapse, so they refuse norms and nets 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.flow.field import Field, Sample, memory_of, require_smooth, sample_of
+from flowsim.flow.field import Field, Sample, require_smooth, sample_of
 from flowsim.flow.steps import (
     Controller,
     Method,
     begun,
     count_attempt,
-    error_of_weights,
+    excess_of,
     first_size,
-    infinite_unless_finite,
     length,
+    moved_along,
     segment_between,
     stop_if_stuck,
 )
@@ -67,56 +68,35 @@ class RungeKutta(Method):
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        def step(part: Objective, local: State) -> State:
-            return self._step(field, part, local)
-
-        return advance_by_steps(step, objective, state, until, budget)
+        return advance_by_steps(partial(self._step, field), objective, state, until, budget)
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""
         first, dt = sample_of(state), state.step_size
-        w, error, samples = runge_kutta(self, lambda w: field(objective, w), state.w, first, dt)
+        w, error, samples = runge_kutta(self, partial(field, objective), state.w, first, dt)
         elapsed, doubt = self._elapsed(samples, dt)
-        log_time = torch.logaddexp(state.readings["log_time"], elapsed)
-        late = torch.exp(doubt - log_time) / field.rtol
-        excess = self._excess(field, objective, state.w, w, error, samples[-1])
-        excess = torch.maximum(excess, torch.where(torch.isfinite(late), late, 0.0))
-        accepted = excess <= 1
-        state = count_attempt(state, accepted, gradients=self.evaluations)
-        moved = self._moved(objective, state, w, samples, log_time)
+        late = torch.exp(doubt - torch.logaddexp(state.readings["log_time"], elapsed))
+        others = [torch.where(torch.isfinite(late), late, 0.0)]
+        if objective.logarithmic:
+            others.append((samples[-1].ascent * error).sum(-1).abs().double())
+        excess = excess_of(field, state.w, w, error, samples[-1], *others)
+        state = count_attempt(state, excess <= 1, gradients=self.evaluations)
+        moved = self._moved(objective, state, w, samples, elapsed)
         size = dt * Controller(self.order).factor(excess)
-        state = replace(moved.where(accepted, state), step_size=size)
+        state = replace(moved.where(excess <= 1, state), step_size=size)
         return stop_if_stuck(state, size * length(first.velocity), torch.isfinite(excess))
 
-    def _excess(
-        self,
-        field: Field,
-        objective: Objective,
-        w0: Tensor,
-        w1: Tensor,
-        error: Tensor,
-        last: Sample,
-    ) -> Float[Tensor, " B"]:
-        """The error over its tolerance; infinite where the trial is not finite."""
-        excess = error_of_weights(field, w0, w1, error)
-        if objective.logarithmic:
-            rise = (last.ascent * error).sum(-1).abs().double()
-            excess = torch.maximum(excess, rise / field.rtol)
-        return infinite_unless_finite(excess, last)
-
     def _moved(
-        self, objective: Objective, state: State, w: Tensor, samples: list[Sample], log_time: Tensor
+        self, objective: Objective, state: State, w: Tensor, samples: list[Sample], elapsed: Tensor
     ) -> State:
         """The state after an accepted step; readings by the quadrature of the pair."""
-        first, *inner, last = samples
-        dt, weights = state.step_size, self.stages[-1]
-        readings = {"steps": state.readings["steps"] + 1, "lam": last.lam, "log_time": log_time}
-        for name in first.rates:
-            mean = combine(weights, [s.rates[name] for s in (first, *inner)])
-            readings[name] = state.readings[name] + dt * mean
-        step = segment_between(objective, state, w, first, last, dt, readings)
+        *inner, last = samples
+        dt, gains = state.step_size, {}
+        for name in last.rates:
+            gains[name] = dt * combine(self.stages[-1], [s.rates[name] for s in inner])
+        step = segment_between(objective, state, w, samples[0], last, dt)
         step = replace(step, bend=self._bend(state, w, samples))
-        return replace(state, w=w, readings=readings, memory=memory_of(last), segment=step)
+        return moved_along(state, step, last, gains, elapsed)
 
     def _bend(self, state: State, w: Tensor, samples: list[Sample]) -> Tensor:
         """The pair's solution at half the step, less the cubic's there."""

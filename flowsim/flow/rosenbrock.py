@@ -9,6 +9,7 @@ systems are solved among examples, (R, R), never among weights, (P, P)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -17,17 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.flow.explicit import combine
-from flowsim.flow.field import Field, Sample, memory_of, per_length, sample_of
+from flowsim.flow.field import Field, Sample, per_length, sample_of
 from flowsim.flow.steps import (
     Controller,
     Method,
     begun,
     count_attempt,
-    error_of_weights,
+    excess_of,
     first_size,
-    infinite_unless_finite,
     length,
     log_elapsed_in,
+    moved_along,
     segment_between,
     stop_if_stuck,
     without_size,
@@ -86,10 +87,7 @@ class Rosenbrock(Method):
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        def step(part: Objective, local: State) -> State:
-            return self._step(field, part, local)
-
-        return advance_by_steps(step, objective, state, until, budget)
+        return advance_by_steps(partial(self._step, field), objective, state, until, budget)
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""
@@ -102,51 +100,29 @@ class Rosenbrock(Method):
         solve = damping(field.norm, root, self.gamma * dt)
         w, error = attempt(self, velocity, solve, state.w, first, dt)
         last = evaluate(field, objective, w)
-        excess = self._excess(field, objective, state.w, w, error, root, last)
-        accepted = excess <= 1
-        path = _smoothed(solve, segment_between(objective, state, w, first, last, dt))
-        moved = self._moved(field, objective, state, last, path)
-        chosen = moved.where(accepted, state)
-        chosen = count_attempt(chosen, accepted, gradients=len(self.weights))
+        others = _errors_of_level(root, error, last) if objective.logarithmic else ()
+        excess = excess_of(field, state.w, w, error, last, *others)
+        chosen = self._moved(field, objective, state, w, last, solve).where(excess <= 1, state)
+        chosen = count_attempt(chosen, excess <= 1, gradients=len(self.weights))
         chosen = self._resized(chosen, state, excess)
         move = chosen.step_size * length(first.velocity)
         return stop_if_stuck(chosen, move, torch.isfinite(excess))
 
-    def _excess(
+    def _moved(
         self,
         field: Field,
         objective: Objective,
-        w0: Tensor,
-        w1: Tensor,
-        error: Tensor,
-        root: Tensor,
+        state: State,
+        w: Tensor,
         last: Sample,
-    ) -> Float[Tensor, " B"]:
-        """The error over its tolerance; infinite where the trial is not finite."""
-        excess = error_of_weights(field, w0, w1, error)
-        if objective.logarithmic:
-            rise = (last.ascent * error).sum(-1).abs().double() / last.lam.abs().clamp_min(1)
-            spread = length(bmm_one_by_one(root, error[..., None])[..., 0])
-            excess = torch.maximum(excess, torch.maximum(rise, spread) / field.rtol)
-        return infinite_unless_finite(excess, last)
-
-    def _moved(
-        self, field: Field, objective: Objective, state: State, last: Sample, path: Segment
+        solve: Solve,
     ) -> State:
-        """The state after an accepted step along ``path``."""
-        dt = state.step_size
-        elapsed = log_elapsed_in(objective, sample_of(state), last, dt)
-        log_time = torch.logaddexp(state.readings["log_time"], elapsed)
-        readings = {"steps": state.readings["steps"] + 1, "lam": last.lam, "log_time": log_time}
-        for name, gain in gains_along(field.norm, path, dt).items():
-            readings[name] = state.readings[name] + gain
-        return replace(
-            state,
-            w=path.w1,
-            readings=readings,
-            memory=state.memory | memory_of(last),
-            segment=replace(path, readings1=readings),
-        )
+        """The state after an accepted step to w."""
+        first, dt = sample_of(state), state.step_size
+        path = smoothed(solve, segment_between(objective, state, w, first, last, dt))
+        gains = gains_along(field.norm, path, dt)
+        elapsed = log_elapsed_in(objective, first, last, dt)
+        return moved_along(state, path, last, gains, elapsed)
 
     def _resized(self, state: State, before: State, excess: Tensor) -> State:
         """The state with its next step size, and what the one after will depend on."""
@@ -228,11 +204,20 @@ def attempt(
     return w + combine(pair.weights, increments), combine(difference, increments)
 
 
-def _smoothed(solve: Solve, path: Segment) -> Segment:
-    """A step whose slopes a cubic over a long step can follow."""
-    slope0 = without_stiff_part(solve, path.slope0)
-    slope1 = without_stiff_part(solve, path.slope1)
-    return replace(path, slope0=slope0, slope1=slope1)
+def _errors_of_level(
+    root: Float[Tensor, "B R P"], error: Float[Tensor, "B P"], last: Sample
+) -> tuple[Float[Tensor, " B"], ...]:
+    """|⟨h, e⟩|/max(1, |Λ|) and ‖Ce‖₂."""
+    rise = (last.ascent * error).sum(-1).abs().double()
+    spread = bmm_one_by_one(root, error[..., None])[..., 0]
+    return rise / last.lam.abs().clamp_min(1), length(spread)
+
+
+def smoothed(solve: Solve, step: Segment) -> Segment:
+    """A step with slopes that a cubic can follow even if it is long: without their stiff part."""
+    slope0 = without_stiff_part(solve, step.slope0)
+    slope1 = without_stiff_part(solve, step.slope1)
+    return replace(step, slope0=slope0, slope1=slope1)
 
 
 def evaluate(field: Field, objective: Objective, w: Tensor) -> Sample:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flowsim.checks import require_fraction, require_instance
 from flowsim.flow.explicit import DOPRI5
 from flowsim.flow.field import Field, speed_of
 from flowsim.flow.movements.step import MinimisingMovement
@@ -37,20 +38,11 @@ class SteepestFlow:
     method: Method | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.norm, Norm):
-            raise TypeError(
-                f"SteepestFlow: got norm {self.norm!r}, expected a flowsim norm, try flowsim.L2()"
-            )
-        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if not (isinstance(value, int | float) and 0 < value < 1):
-                raise ValueError(
-                    f"SteepestFlow: got {name}={value!r}, expected a number between 0 and 1"
-                )
-        if self.method is not None and not isinstance(self.method, Method):
-            raise TypeError(
-                f"SteepestFlow: got method {self.method!r}, expected a method, try flowsim.DOPRI5 "
-                "or flowsim.TorchDiffEq('dopri5')"
-            )
+        owner = "SteepestFlow"
+        require_instance(owner, Norm, "a flowsim norm, try flowsim.L2()", norm=self.norm)
+        require_fraction(owner, rtol=self.rtol, atol=self.atol)
+        known = "a method, try flowsim.DOPRI5 or flowsim.TorchDiffEq('dopri5')"
+        require_instance(owner, Method | None, known, method=self.method)
         if self.clock is not None:
             speed_of(self.clock)
             if self.method is not None:

@@ -94,17 +94,22 @@ def first_size(w: Tensor, sample: Sample) -> Float[Tensor, " B"]:
     return 1e-3 * torch.where(length(w) > 0, length(w), 1.0) / length(sample.velocity)
 
 
-def error_of_weights(field: Field, w0: Tensor, w1: Tensor, e: Tensor) -> Float[Tensor, " B"]:
+def error_of_weights(field: Field, w0: Tensor, w1: Tensor, error: Tensor) -> Float[Tensor, " B"]:
     """‖e‖₂/(atol + rtol·‖w‖₂) for the error vector e of a step from w0 to w1."""
     largest = torch.maximum(length(w0), length(w1))
-    return length(e) / (field.atol + field.rtol * largest)
+    return length(error) / (field.atol + field.rtol * largest)
 
 
-def infinite_unless_finite(excess: Float[Tensor, " B"], last: Sample) -> Float[Tensor, " B"]:
-    """The excess of a step that ends with the field ``last``; infinite where one of them is no
-    number."""
-    finite = torch.isfinite(excess) & torch.isfinite(last.lam)
-    return torch.where(finite & torch.isfinite(length(last.velocity)), excess, torch.inf)
+def excess_of(
+    field: Field, w0: Tensor, w1: Tensor, error: Tensor, last: Sample, *others: Tensor
+) -> Float[Tensor, " B"]:
+    """The largest of `error_of_weights` and ``others`` over rtol; infinite where one of these, or
+    the field ``last`` at w1, is no number."""
+    excess = error_of_weights(field, w0, w1, error)
+    for other in others:
+        excess = torch.maximum(excess, other / field.rtol)
+    total = excess + last.lam + length(last.velocity)
+    return torch.where(torch.isfinite(total), excess, torch.inf)
 
 
 def begun(
@@ -118,6 +123,8 @@ def begun(
     where the state has one), what else the method remembers, and a step of no length behind it."""
     kept = torch.isfinite(state.step_size)
     still = segment_between(objective, state, state.w, sample, sample, torch.zeros_like(size))
+    kinks = state.multipliers
+    still = replace(still, multipliers0=kinks, multipliers1=kinks)
     state = replace(
         state,
         step_size=torch.where(kept, state.step_size, size),
@@ -157,6 +164,20 @@ def stop_if_stuck(
     return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
 
 
+def moved_along(
+    state: State, step: Segment, last: Sample, gains: dict[str, Tensor], elapsed: Tensor
+) -> State:
+    """The state after an accepted ``step``, where the field is ``last``, with the ``gains`` of its
+    readings and the logarithm of the time that it took."""
+    before = state.readings
+    log_time = torch.logaddexp(before["log_time"], elapsed)
+    readings = {"steps": before["steps"] + 1, "lam": last.lam, "log_time": log_time}
+    readings |= {name: before[name] + gain for name, gain in gains.items()}
+    step = replace(step, readings1=readings)
+    memory = state.memory | memory_of(last)
+    return replace(state, w=step.w1, readings=readings, memory=memory, segment=step)
+
+
 def segment_between(
     objective: Objective,
     state: State,
@@ -170,7 +191,7 @@ def segment_between(
     and the readings at the end (by default a step of no length)."""
     tau, log_dt = dt.to(w)[:, None], torch.log(dt)
     here = state.readings | {"lam": a.lam}
-    time_slopes = _log_rate_slopes(objective, a, b, dt)
+    time_slope0, time_slope1 = _log_rate_slopes(objective, a, b, dt)
     return Segment(
         w0=state.w,
         w1=w,
@@ -182,8 +203,8 @@ def segment_between(
         lam_slope1=dt * b.rates["dissipated"],
         time_rate0=a.log_time_rate + log_dt,
         time_rate1=b.log_time_rate + log_dt,
-        time_slope0=time_slopes[0],
-        time_slope1=time_slopes[1],
+        time_slope0=time_slope0,
+        time_slope1=time_slope1,
         bend=torch.zeros_like(w),
     )
 

@@ -1,6 +1,7 @@
 """Solvers of torchdiffeq behind the same verbs as flowsim's own."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from flowsim.flow.field import Field, memory_of, require_smooth
 from flowsim.flow.steps import Method, added, begun, first_size
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import pending
+from flowsim.motion.rule import one_by_one
 from flowsim.motion.state import State, Status
 from flowsim.problems.objective import Objective
 
@@ -47,15 +48,11 @@ class TorchDiffEq(Method):
                 f"torchdiffeq integrates on the {field.clock.name} clock, but save points are on "
                 f"{until.clock.name}; try clock=flowsim.clocks.{until.clock.name.upper()}"
             )
-        for row in pending(state, until).nonzero():
-            one = self._solve(
-                field, objective.select(row), state.select(row), until.select(row), budget
-            )
-            state = state.scatter(row, one)
-        return state
+        run = partial(self._solve, field, budget)
+        return one_by_one(run, objective, state, until)
 
     def _solve(
-        self, field: Field, objective: Objective, state: State, until: Target, budget: int
+        self, field: Field, budget: int, objective: Objective, state: State, until: Target
     ) -> State:
         """One call of torchdiffeq from the state's clock to the target's."""
         from torchdiffeq import odeint
@@ -91,19 +88,17 @@ class TorchDiffEq(Method):
         w = y[None, : -len(_EXTRAS)]
         extras = dict(zip(_EXTRAS, y[-len(_EXTRAS) :, None].double(), strict=True))
         sample = field(objective, w)
-        readings = state.readings | {
+        log_time = path.log_time_unit + torch.log(extras["time"].clamp_min(0))
+        gained = {name: state.readings[name] + extras[name] for name in _EXTRAS[:-1]}
+        shown = torch.log(tau) if field.clock.reading == "log_time" else tau
+        readings = {
             "steps": state.readings["steps"] + path.accepted,
             "lam": sample.lam,
-            **{name: state.readings[name] + extras[name] for name in _EXTRAS[:-1]},
-            "log_time": torch.logaddexp(
-                state.readings["log_time"],
-                path.log_time_unit + torch.log(extras["time"].clamp_min(0)),
-            ),
+            "log_time": torch.logaddexp(state.readings["log_time"], log_time),
+            **gained,
+            # the clock's own, so that it reaches its target
+            field.clock.reading: shown[None].double(),
         }
-        shown = torch.log(tau) if field.clock.reading == "log_time" else tau
-        readings[field.clock.reading] = shown[
-            None
-        ].double()  # the clock's own, so that it reaches its target
         rejected = path.attempted - path.accepted
         tallies = added(state, gradients=path.calls + 1, accepted=path.accepted, rejected=rejected)
         return replace(state, w=w, readings=readings, tallies=tallies, memory=memory_of(sample))

@@ -365,7 +365,7 @@ def test_tolerances_lie_between_zero_and_one(name, value):
 @pytest.mark.parametrize("norm", [fs.L2, "l2", None])
 def test_a_norm_must_be_an_instance(norm):
     with pytest.raises(
-        TypeError, match=r"SteepestFlow: got norm .*expected a flowsim norm, try flowsim\.L2\(\)"
+        TypeError, match=r"SteepestFlow: got norm=.*expected a flowsim norm, try flowsim\.L2\(\)"
     ):
         fs.SteepestFlow(norm)
 
@@ -403,5 +403,5 @@ def test_a_solver_of_torchdiffeq_is_an_adaptive_one(method):
 
 @pytest.mark.parametrize("method", [5, "dopri5", fs.TorchDiffEq])
 def test_a_method_is_an_object(method):
-    with pytest.raises(TypeError, match=r"SteepestFlow: got method .*try flowsim\.DOPRI5"):
+    with pytest.raises(TypeError, match=r"SteepestFlow: got method=.*try flowsim\.DOPRI5"):
         fs.SteepestFlow(fs.L2(), method=method)

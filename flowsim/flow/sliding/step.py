@@ -21,14 +21,15 @@ All linear algebra is in sample space and per neuron: nothing P × P is formed.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.flow.field import Field, Sample, memory_of, sample_of
-from flowsim.flow.rosenbrock import without_stiff_part
+from flowsim.flow.field import Field, Sample, sample_of
+from flowsim.flow.rosenbrock import smoothed
 from flowsim.flow.sliding.forces import ActivePairs, GaussNewton, KinkCoupling, Metric
 from flowsim.flow.sliding.selection import between, count, least_gradient, on_kink, sides_at
 from flowsim.flow.sliding.stages import (
@@ -45,6 +46,7 @@ from flowsim.flow.steps import (
     count_attempt,
     length,
     log_elapsed_in,
+    moved_along,
     segment_between,
     stop_if_stuck,
     without_size,
@@ -88,20 +90,18 @@ class KinkImplicit(Method):
         given = sides_at(point, state.multipliers)
         stuck = (on_kink(point) | between(given)) & point.net.distinct
         sample, multipliers = _sampled(field, problem, state.w, point, given, stuck)
-        zero = torch.zeros_like(state.step_size)
-        releases = state.tallies.get("releases", zero)
-        counts = {"sliding": count(between(multipliers)), "releases": releases}
-        state = replace(state, tallies=state.tallies | counts, multipliers=multipliers.flatten(1))
+        zero, kinks = torch.zeros_like(state.step_size), multipliers.flatten(1)
+        counts = {"releases": zero} | state.tallies | {"sliding": count(between(kinks))}
         if "tau" not in state.memory:
             state = without_size(state)
-        state = begun(problem, state, sample, torch.full_like(zero, 1e-3), {"tau": zero})
-        return _going_on(field.norm, point, before, _with_kinks(state, state.multipliers))
+        state = replace(state, tallies=counts, multipliers=kinks)
+        anew = begun(problem, state, sample, torch.full_like(zero, 1e-3), {"tau": zero})
+        return _going_on(field.norm, point, before, anew)
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        def step(part: Problem, local: State) -> State:
-            return self._step(field, part, local)
+        step = partial(self._step, field)
 
         def run(part: Problem, begin: State, goal: Target) -> State:
             end = advance_by_steps(step, part, begin, goal, budget)
@@ -119,19 +119,12 @@ class KinkImplicit(Method):
         start = StepStart.of(Metric.of(field.norm), net, state, first, tau)
         trial = both_stages(start, self.sides, before)
         end = self._end(field, problem, net.at(trial.w), trial, before + count(trial.released))
-        moved = _moved(field.norm, problem, state, (first, end.last), trial.w, tau)
+        moved = _moved(field.norm, problem, state, trial.w, end, tau)
         excess = self._excess(field, problem, state, trial, end.point, moved)
-        accepted = excess <= 1
-        state = count_attempt(state, accepted, gradients=2)
-        counts = {"sliding": count(between(end.multipliers)), "releases": end.releases}
-        moved = replace(
-            moved, multipliers=end.multipliers.flatten(1), tallies=state.tallies | counts
-        )
-        chosen = _with_kinks(moved, state.multipliers).where(accepted, state)
-        # too little to be seen in the level
-        eps = torch.finfo(state.w.dtype).eps
-        unseen = tau * first.dual_norm**2 <= 16 * eps * (1 + first.lam.abs())
-        blind = ~accepted & unseen & torch.isfinite(end.last.lam)
+        state = count_attempt(state, excess <= 1, gradients=2)
+        moved = replace(moved, tallies=state.tallies | end.counts)
+        chosen = moved.where(excess <= 1, state)
+        blind = ~(excess <= 1) & _unseen(state, first, tau) & torch.isfinite(end.last.lam)
         return self._resized(chosen.stopped(blind, Status.PRECISION_FLOOR), excess)
 
     def _end(
@@ -147,7 +140,7 @@ class KinkImplicit(Method):
         side = sides_of_releases(trial.multipliers, released, before, self.sides)
         given = torch.where(released, side, trial.multipliers)
         last, multipliers = _sampled(field, problem, trial.w, point, given, trial.stuck)
-        return _End(point, last, multipliers, before + count(released))
+        return _End(point, last, multipliers.flatten(1), before + count(released))
 
     def _excess(
         self,
@@ -189,8 +182,13 @@ class _End:
 
     point: NetAt
     last: Sample
-    multipliers: Float[Tensor, "B N m"]
+    multipliers: Float[Tensor, "B Nm"]
     releases: Float[Tensor, " B"]
+
+    @property
+    def counts(self) -> dict[str, Float[Tensor, " B"]]:
+        """The tallies of kinks."""
+        return {"sliding": count(between(self.multipliers)), "releases": self.releases}
 
 
 def _supported(objective: Objective, field: Field) -> Problem:
@@ -240,36 +238,38 @@ def _sampled(
 
 
 def _moved(
-    norm: Norm,
-    problem: Problem,
-    state: State,
-    ends: tuple[Sample, Sample],
-    w: Float[Tensor, "B P"],
-    tau: Float[Tensor, " B"],
+    norm: Norm, problem: Problem, state: State, w: Float[Tensor, "B P"], end: _End, tau: Tensor
 ) -> State:
-    """The state at the end of a step, at w. Readings by Simpson's rule with the mean velocity for
-    the middle one: it is free of the fast motion of the softmax weights that the ends still
-    show."""
-    a, b = ends
-    speeds = (a.dual_norm, norm.value(w - state.w).double() / tau, b.dual_norm)
+    """The state after an accepted step to w."""
+    first, last = sample_of(state), end.last
+    step = segment_between(problem, state, w, first, last, tau)
+    step = replace(step, multipliers0=state.multipliers, multipliers1=end.multipliers)
+    gains = _gains(norm, state, w, (first, last), tau)
+    elapsed = log_elapsed_in(problem, first, last, tau)
+    moved = moved_along(state, step, last, gains, elapsed)
+    return replace(moved, multipliers=end.multipliers, memory=moved.memory | {"tau": tau})
+
+
+def _gains(
+    norm: Norm, state: State, w: Float[Tensor, "B P"], ends: tuple[Sample, Sample], tau: Tensor
+) -> dict[str, Float[Tensor, " B"]]:
+    """What the readings gain in a step to w, by Simpson's rule with the mean velocity for the
+    middle one: it is free of the fast motion of the softmax weights that the ends still show."""
+    speed = norm.value(w - state.w).double() / tau
+    speeds = (ends[0].dual_norm, speed, ends[1].dual_norm)
     lengths = [norm.value(at).double() for at in (state.w, 0.5 * (state.w + w), w)]
     relative = [speed / length for speed, length in zip(speeds, lengths, strict=True)]
-    log_time = torch.logaddexp(state.readings["log_time"], log_elapsed_in(problem, a, b, tau))
-    readings = {
-        "steps": state.readings["steps"] + 1,
-        "lam": b.lam,
-        "log_time": log_time,
-        "arclength": state.readings["arclength"] + _simpson(tau, *speeds),
-        "relative": state.readings["relative"] + _simpson(tau, *relative),
-        "dissipated": state.readings["dissipated"] + _simpson(tau, *(v**2 for v in speeds)),
+    return {
+        "arclength": _simpson(tau, *speeds),
+        "relative": _simpson(tau, *relative),
+        "dissipated": _simpson(tau, *(speed**2 for speed in speeds)),
     }
-    return replace(
-        state,
-        w=w,
-        readings=readings,
-        memory=memory_of(b) | {"tau": tau},
-        segment=segment_between(problem, state, w, a, b, tau, readings),
-    )
+
+
+def _unseen(state: State, first: Sample, tau: Tensor) -> Bool[Tensor, " B"]:
+    """Whether the rise of the level in a step is within its rounding."""
+    eps = torch.finfo(state.w.dtype).eps
+    return tau * first.dual_norm**2 <= 16 * eps * (1 + first.lam.abs())
 
 
 def _simpson(tau: Tensor, start: Tensor, middle: Tensor, end: Tensor) -> Float[Tensor, " B"]:
@@ -283,14 +283,6 @@ def _margin_falls(norm: Norm, problem: Problem, state: State, moved: State) -> B
     before, after = (problem.loss.soft_minimum(s.readings["lam"]) for s in (state, moved))
     growth = (norm.value(moved.w) / norm.value(state.w)).double() ** problem.degree
     return (before > 0) & (after < before * growth * (1 - 1e-14))
-
-
-def _with_kinks(state: State, before: Tensor | None) -> State:
-    """The state whose last step knows the kinks at both its ends."""
-    if state.segment is None:
-        return state
-    step = replace(state.segment, multipliers0=before, multipliers1=state.multipliers)
-    return replace(state, segment=step)
 
 
 def _readable(field: Field, problem: Problem, state: State) -> State:
@@ -317,6 +309,4 @@ def _readable(field: Field, problem: Problem, state: State) -> State:
         held = pairs.combine(solve(pairs.along(damped)))
         return damped - damping(metric.inverse(held))
 
-    slope0 = without_stiff_part(staying, step.slope0)
-    slope1 = without_stiff_part(staying, step.slope1)
-    return replace(state, segment=replace(step, slope0=slope0, slope1=slope1))
+    return replace(state, segment=smoothed(staying, step))
