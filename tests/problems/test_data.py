@@ -128,3 +128,60 @@ def test_peers_net_is_a_problem_with_its_start():
     assert torch.equal(w, w_again)
     assert torch.equal(problem.x, again.x)
     assert not torch.equal(problem.x, data.peers_net(seed=1)[0].x)
+
+
+REFUSED = {
+    "digits of one class": (
+        lambda: fs.data.digits((3,)),
+        r"digits: got classes \(3,\), expected at least two different digits 0 … 9",
+    ),
+    "digits twice": (
+        lambda: fs.data.digits((3, 3)),
+        r"digits: got classes \(3, 3\), expected at least two different",
+    ),
+    "digit eleven": (
+        lambda: fs.data.digits((3, 11)),
+        r"digits: got classes \(3, 11\), expected at least two",
+    ),
+    "digits none": (
+        lambda: fs.data.digits(n=0),
+        "digits: got n=0, expected 1 … 363: these classes have 364 images",
+    ),
+    "digits too many": (
+        lambda: fs.data.digits(n=364),
+        "digits: got n=364, expected 1 … 363: these classes have 364",
+    ),
+    "digits in part": (lambda: fs.data.digits(n=2.5), "digits: got n=2.5, expected 1 … 363"),
+    "digits part": (
+        lambda: fs.data.digits(part="all"),
+        "digits: got part='all', expected 'train' or 'test'",
+    ),
+    "digits no seeds": (
+        lambda: fs.data.digits(seed=[]),
+        "seed: got no seeds, expected .*try seed=range",
+    ),
+    "gaussian n": (
+        lambda: fs.data.gaussian_separable(0),
+        "gaussian_separable: got n=0, expected an integer ≥ 1",
+    ),
+    "gaussian d": (
+        lambda: fs.data.gaussian_separable(5, 0),
+        "gaussian_separable: got d=0, expected an integer ≥ 1",
+    ),
+    "gaussian margin": (
+        lambda: fs.data.gaussian_separable(margin=-1.0),
+        "gaussian_separable: got margin=-1.0, expected a finite number ≥ 0",
+    ),
+    "teacher coordinates": (
+        lambda: fs.data.teacher_student(5, 4, active=5),
+        "teacher_student: got active=5, expected 1 … 4",
+    ),
+    "peers n": (lambda: fs.data.peers_net(n=0), r"x: got shape \(0, 20\), which holds no numbers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_sentence_that_says_why(name):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()

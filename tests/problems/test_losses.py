@@ -88,27 +88,6 @@ def test_weights_are_shares_of_the_slopes(name):
     torch.testing.assert_close(F.normalize(direction.flatten(1)), F.normalize(cotangent.flatten(1)))
 
 
-@pytest.mark.parametrize("name", NAIVE)
-def test_reading_maps_cotangents_back_as_its_adjoint(name):
-    loss, C, _ = NAIVE[name]
-    f, v, y = draw(1, 3, 5, C), draw(2, 3, 5, C), targets(loss, 5, C)
-    q, back = loss.reading.read(f, y)
-    c = draw(3, *q.shape)
-    moved = torch.func.jvp(lambda f: loss.reading.read(f, y)[0], (f,), (v,))[1]
-    torch.testing.assert_close((moved * c).sum(), (v * back(c)).sum(), rtol=1e-12, atol=1e-13)
-
-
-def test_classification_margins_by_hand():
-    f = torch.tensor([[[2.0, 5.0, -1.0], [0.0, 1.0, 4.0]]], dtype=torch.float64)
-    y = torch.tensor([1, 0])
-    for loss in (fs.cross_entropy, fs.pairwise_exponential):
-        assert loss.reading.margins(f, y).tolist() == [[3.0, -4.0]]
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    assert fs.logistic.reading.margins(f[..., :1], signs).tolist() == [[2.0, 0.0]]
-    with pytest.raises(ValueError, match="no classification margins; try exponential or logistic"):
-        fs.squared.reading.margins(f, f[0])
-
-
 def test_two_class_cross_entropy_is_logistic_loss_of_the_gap():
     f, y = draw(1, 3, 5, 2), torch.tensor([0, 1, 1, 0, 1])
     gap = (f[..., 1:] - f[..., :1]).clone()

@@ -1,12 +1,11 @@
-"""Problems: identities of homogeneous margins, optima of linear nets, labels, batches, and what is
-refused."""
+"""Problems: identities of homogeneous margins, labels, batches, and what is refused."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog, nnls
 
 import flowsim as fs
 from flowsim import diagnostics
@@ -94,144 +93,6 @@ def test_weighted_multipliers_sum_to_the_alignment(norm):
     torch.testing.assert_close(
         (multipliers * q).sum(1) / least, rescaled**2 * alpha / L, rtol=1e-10, atol=0
     )
-
-
-# --- maximal margins of linear nets, from independent solvers ------------------------------------
-
-Z = np.array([[3.0, 1.0, 0.0], [1.0, -2.0, 2.0], [1.0, 2.0, 1.0]])
-
-
-def largest_margin(norm, Z=Z):
-    """The unit predictor of largest margin min_i (Zu)_i, and that margin, in ℓ1, ℓ2 or ℓ∞."""
-    n, d = Z.shape
-    if norm == 2:  # least distance programming: Lawson and Hanson (1974), ch. 23
-        E = np.vstack([Z.T, np.ones(n)])
-        r = E @ nnls(E, np.eye(d + 1)[d])[0] - np.eye(d + 1)[d]
-        w = -r[:d] / r[d]
-        return torch.from_numpy(w / np.linalg.norm(w)), 1 / np.linalg.norm(w)
-    budget = np.append(np.ones(2 * d), 0)[None]
-    solution = linprog(  # u = positive − negative parts, and the margin
-        np.append(np.zeros(2 * d), -1),
-        A_ub=np.vstack([np.hstack([-Z, Z, np.ones((n, 1))]), *([budget] if norm == 1 else [])]),
-        b_ub=np.append(np.zeros(n), [1.0] * (norm == 1)),
-        bounds=[(0, 1)] * (2 * d) + [(0, None)],
-    )
-    return torch.from_numpy(solution.x[:d] - solution.x[d : 2 * d]), -solution.fun
-
-
-@pytest.mark.parametrize(
-    ("norm", "value"), [(1, 17 / 15), (2, math.sqrt(53 / 17)), (math.inf, 5 / 2)]
-)
-def test_solvers_find_the_margins_known_in_closed_form(norm, value):
-    u, found = largest_margin(norm)
-    assert found == pytest.approx(value, rel=1e-9)
-    problem = fs.Problem(fs.Linear(3), Z, np.ones(3), fs.exponential)
-    ours = {1: fs.L1(), 2: fs.L2(), math.inf: fs.Linf()}[norm]
-    assert float(margin(problem, ours, u[None])) == pytest.approx(value, rel=1e-9)
-
-
-def single_neuron(k, a, row):
-    """W = e₁ rowᵀ, second layer a e₁."""
-    W, second = torch.zeros(k, 3, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    W[0], second[0] = row, a
-    return torch.cat([W.flatten(), second])[None]
-
-
-# norm on the parameters, norm on the predictor, γ_param/γ_predictor, optimal factors, by width k
-TWO_LAYER = {
-    "l2": (fs.L2(), 2, lambda k: 0.5, lambda k, u: single_neuron(k, 0.5**0.5, u * 0.5**0.5)),
-    "l1": (fs.L1(), 1, lambda k: 0.25, lambda k, u: single_neuron(k, 0.5, u / 2)),
-    "linf": (
-        fs.Linf(),
-        math.inf,
-        lambda k: k,
-        lambda k, u: torch.cat([u.repeat(k), torch.ones(k).to(u)])[None],
-    ),
-}
-
-
-@pytest.mark.parametrize("k", [1, 3, 6])
-@pytest.mark.parametrize("name", TWO_LAYER)
-def test_largest_parameter_margin_of_a_two_layer_linear_net(name, k):
-    norm, predictor_norm, ratio, factors = TWO_LAYER[name]
-    problem = fs.Problem(fs.MLP([3, k, 1], fs.identity), Z, np.ones(3), fs.exponential)
-    u, gamma = largest_margin(predictor_norm)
-    best = factors(k, u)
-    assert float(margin(problem, norm, best)) == pytest.approx(ratio(k) * gamma, rel=1e-9)
-    others = torch.cat(
-        [
-            problem.net.init(range(300)),
-            best + 0.1 * draw(1, 300, problem.size),
-            best + 1e-3 * draw(2, 300, problem.size),
-        ]
-    )
-    assert float(margin(problem, norm, others).max()) <= ratio(k) * gamma * (1 + 1e-9)
-
-
-# norm on the parameters, norm on the predictor, γ_param/γ_predictor, by depth D: D^{−D/p} for ℓp
-# and ℓ_{p/D}
-DIAGONAL = {
-    "l2, depth 2": (fs.L2(), 2, 1, 1 / 2),
-    "l3, depth 3": (fs.Lp(3), 3, 1, 1 / 3),
-    "l4, depth 2": (fs.Lp(4), 2, 2, 2**-0.5),
-    "linf, depth 2": (fs.Linf(), 2, math.inf, 1.0),
-    "linf, depth 4": (fs.Linf(), 4, math.inf, 1.0),
-}
-
-
-@pytest.mark.parametrize("name", DIAGONAL)
-def test_largest_parameter_margin_of_a_diagonal_net(name):
-    norm, depth, predictor_norm, ratio = DIAGONAL[name]
-    problem = fs.Problem(fs.Diagonal(3, depth), Z, np.ones(3), fs.exponential)
-    u, gamma = largest_margin(predictor_norm)
-    root = u.abs() ** (1 / depth)
-    best = torch.cat([u.sign() * root, *[root] * (depth - 1)])[None]
-    assert float(margin(problem, norm, best)) == pytest.approx(ratio * gamma, rel=1e-9)
-    others = torch.cat([problem.net.init(range(300)), best + 0.05 * draw(1, 300, problem.size)])
-    assert float(margin(problem, norm, others).max()) <= ratio * gamma * (1 + 1e-9)
-
-
-def factor(M, k):
-    """The balanced factors W₁ (k, d), W₂ (C, k) of M as flat weights of a two-layer net."""
-    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
-    root = S.sqrt()
-    W1, W2 = torch.zeros(k, M.shape[1]).to(M), torch.zeros(M.shape[0], k).to(M)
-    W1[: len(S)], W2[:, : len(S)] = root[:, None] * Vt, U * root
-    return torch.cat([W1.flatten(), W2.flatten()])[None]
-
-
-@pytest.mark.parametrize("k", [3, 5])
-def test_frobenius_norm_of_factors_is_twice_the_nuclear_norm_at_best(k):
-    net = fs.MLP([4, k, 3], fs.identity)
-    M = draw(1, 3, 4)
-    nuclear = float(torch.linalg.matrix_norm(M, "nuc"))
-    w = factor(M, k)
-    torch.testing.assert_close(net.outputs(w, X)[0], X @ M.T)
-    assert float(w.square().sum()) == pytest.approx(2 * nuclear, rel=1e-12)
-    for row in net.init(range(20)):
-        W1, W2 = (block.of(row) for block in net.layout)
-        product = float(torch.linalg.matrix_norm(W2 @ W1, "nuc"))
-        assert float(row.square().sum()) >= 2 * product * (1 - 1e-12)
-
-
-def test_largest_frobenius_margin_of_matrix_factors_is_half_the_nuclear_one():
-    cp = pytest.importorskip("cvxpy")
-    x, y = draw(3, 5, 4), torch.tensor([0, 1, 2, 0, 1])
-    M, gamma = cp.Variable((3, 4)), cp.Variable()
-    gaps = [
-        (M[int(c)] - M[j]) @ x[i].numpy() >= gamma
-        for i, c in enumerate(y)
-        for j in range(3)
-        if j != c
-    ]
-    cp.Problem(cp.Maximize(gamma), [*gaps, cp.normNuc(M) <= 1]).solve(solver=cp.CLARABEL)
-    problem = fs.Problem(fs.MLP([4, 3, 3], fs.identity), x, y, fs.pairwise_exponential)
-    best = factor(torch.from_numpy(M.value), 3)
-    optimum = 0.5 * float(gamma.value)
-    assert optimum > 0.01
-    assert float(margin(problem, fs.L2(), best)) == pytest.approx(optimum, rel=1e-5)
-    others = torch.cat([problem.net.init(range(300)), best + 0.02 * draw(1, 300, problem.size)])
-    assert float(margin(problem, fs.L2(), others).max()) <= optimum * (1 + 1e-5)
 
 
 # --- labels and inputs that mean the same --------------------------------------------------------
@@ -388,33 +249,28 @@ def test_problem_on_other_data_keeps_net_and_loss():
         problem.with_data(X[:, :2], Y)
 
 
-# --- quadratics ----------------------------------------------------------------------------------
+# --- shown and saved -----------------------------------------------------------------------------
 
 
-def test_quadratic_is_minus_its_value_with_minus_its_gradient():
-    A, target = draw(1, 5, 4), draw(2, 4)
-    H = A.T @ A
-    problem = fs.Quadratic(H, target)
-    w = draw(3, 3, 4).requires_grad_()
-    F = 0.5 * torch.einsum("bi,ij,bj->b", w - target, H, w - target)
-    gradient = torch.autograd.grad(F.sum(), w)[0]
-    torch.testing.assert_close(problem.ascent(w.detach()), (-F.detach(), -gradient))
-    torch.testing.assert_close(problem.lam(w.detach()), -F.detach())
-    assert not problem.logarithmic
-    assert problem.layout[0].shape == (4,)
-    assert fs.Quadratic(H, target, shape=(2, 2)).layout[0].shape == (2, 2)
+def test_a_problem_shows_its_numbers_and_no_arrays():
+    problem = fs.Problem(fs.MLP([4, 6, 3]), draw(1, 2, 8, 4), [0, 1, 2, 0] * 2, fs.cross_entropy)
+    shown = repr(problem)
+    for part in ("cross-entropy", "MLP", "8 examples of 4", "2 data sets", "3 outputs", "42 w"):
+        assert part in shown
+    assert len(shown.splitlines()) <= 4
+    assert shown in problem._repr_html_()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gram_matrix_of_low_rank_is_positive_semidefinite_to_rounding(dtype):
-    A = draw(1, 2, 30).to(dtype)
-    assert fs.Quadratic(A.T @ A, torch.zeros(30, dtype=dtype)).size == 30
+@pytest.mark.parametrize("loss", [fs.exponential, fs.logistic, fs.squared], ids=lambda x: x.name)
+def test_a_problem_can_be_pickled(loss):
+    problem, w = fs.Problem(fs.MLP([4, 6, 1]), X, Y, loss), fs.MLP([4, 6, 1]).init(range(2))
+    again = pickle.loads(pickle.dumps(problem))
+    assert torch.equal(again.ascent(w)[1], problem.ascent(w)[1])
 
 
 # --- refusals: got …, expected …, try … ----------------------------------------------------------
 
 NET, NET3 = fs.MLP([4, 6, 1]), fs.MLP([4, 6, 3])
-EYE, ZERO = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
 
 
 def make(net=NET, x=X, y=SIGNS, loss=fs.exponential):
@@ -675,80 +531,6 @@ REFUSED = {
         lambda: make(fs.Frozen(NET, {"W2": draw(1, 2, 1, 6)})).lam(torch.zeros(3, 24).double()),
         "Frozen: got 2 W2 and 3 trajectories, expected one for each",
     ),
-    "quadratic shapes": (
-        lambda: fs.Quadratic(EYE, torch.zeros(3)),
-        r"Quadratic: got matrix \(2, 2\) and minimiser \(3,\), expected \(P, P\) and \(P,\)",
-    ),
-    "quadratic indefinite": (
-        lambda: fs.Quadratic(-EYE, ZERO),
-        "Quadratic: got a matrix that is not symmetric positive",
-    ),
-    "quadratic asymmetric": (
-        lambda: fs.Quadratic(EYE + 1e-6 * torch.tensor([[0.0, 1.0], [0.0, 0.0]]), ZERO),
-        "Quadratic: got a matrix that is not symmetric positive semidefinite, try",
-    ),
-    "quadratic nan": (
-        lambda: fs.Quadratic(EYE, ZERO * torch.nan),
-        "Quadratic: got NaN or infinite entries, expected",
-    ),
-    "quadratic block": (
-        lambda: fs.Quadratic(EYE, ZERO, (3, 3)),
-        r"Quadratic: got shape \(3, 3\), expected one that",
-    ),
-    "quadratic weights": (
-        lambda: fs.Quadratic(EYE, ZERO).check_weights(torch.zeros(1, 3)),
-        r"weights: got shape \(1, 3\), expected \(B, 2\)",
-    ),
-    "quadratic weights nan": (
-        lambda: fs.Quadratic(EYE, ZERO).check_weights(ZERO[None] * torch.nan),
-        "weights: got NaN or infinite entries, expected",
-    ),
-    "digits of one class": (
-        lambda: fs.data.digits((3,)),
-        r"digits: got classes \(3,\), expected at least two different digits 0 … 9",
-    ),
-    "digits twice": (
-        lambda: fs.data.digits((3, 3)),
-        r"digits: got classes \(3, 3\), expected at least two different",
-    ),
-    "digit eleven": (
-        lambda: fs.data.digits((3, 11)),
-        r"digits: got classes \(3, 11\), expected at least two",
-    ),
-    "digits none": (
-        lambda: fs.data.digits(n=0),
-        "digits: got n=0, expected 1 … 363: these classes have 364 images",
-    ),
-    "digits too many": (
-        lambda: fs.data.digits(n=364),
-        "digits: got n=364, expected 1 … 363: these classes have 364",
-    ),
-    "digits in part": (lambda: fs.data.digits(n=2.5), "digits: got n=2.5, expected 1 … 363"),
-    "digits part": (
-        lambda: fs.data.digits(part="all"),
-        "digits: got part='all', expected 'train' or 'test'",
-    ),
-    "digits no seeds": (
-        lambda: fs.data.digits(seed=[]),
-        "seed: got no seeds, expected .*try seed=range",
-    ),
-    "gaussian n": (
-        lambda: fs.data.gaussian_separable(0),
-        "gaussian_separable: got n=0, expected an integer ≥ 1",
-    ),
-    "gaussian d": (
-        lambda: fs.data.gaussian_separable(5, 0),
-        "gaussian_separable: got d=0, expected an integer ≥ 1",
-    ),
-    "gaussian margin": (
-        lambda: fs.data.gaussian_separable(margin=-1.0),
-        "gaussian_separable: got margin=-1.0, expected a finite number ≥ 0",
-    ),
-    "teacher coordinates": (
-        lambda: fs.data.teacher_student(5, 4, active=5),
-        "teacher_student: got active=5, expected 1 … 4",
-    ),
-    "peers n": (lambda: fs.data.peers_net(n=0), r"x: got shape \(0, 20\), which holds no numbers"),
 }
 
 
