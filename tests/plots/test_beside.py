@@ -48,3 +48,14 @@ def test_the_figure_of_orders_has_a_guide_of_slope_one():
     x, y = guide.get_data()
     assert np.diff(np.log(y)) == pytest.approx(np.diff(np.log(x)))
     assert f"{study.order().median:.2f}" in line.get_label()
+
+
+def test_the_whole_figure_has_values_above_distances(bowl):
+    level, value, weights, direction = plots.comparison(bowl).axes
+    assert level.lines[0].get_ydata() == pytest.approx(np.median(bowl.flow["lam"], 1))
+    assert value.get_ylabel().startswith("arclength")
+    assert len(weights.lines) == len(direction.lines) == len(bowl.labels)
+    assert weights.lines[0].get_ydata()[-1] == pytest.approx(
+        np.median(bowl["0.1", "weights", "log_time"][-1])
+    )
+    assert direction.get_xlabel() == level.get_ylabel()
