@@ -78,7 +78,7 @@ def round_quadratic(minimiser: ArrayLike, w0: ArrayLike, norm: Norm) -> Polyline
     minimiser = np.asarray(minimiser, dtype=float)
     r = minimiser - np.asarray(w0, dtype=float)
     if isinstance(norm, Spectral | Nuclear | Schatten):
-        matrix = norm._matrix(torch.from_numpy(r)).numpy()
+        matrix = norm.as_matrix(torch.from_numpy(r)).numpy()
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
         lengths, kept, duals = _shrinking(values, norm.inner)
         residuals = np.stack([((left * row) @ right).ravel() for row in kept])
