@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from jaxtyping import Float
 from torch import Tensor
+
+PerTrajectory: TypeAlias = Float[Tensor, " B"]
+"""One number for each trajectory."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import is_finite, is_positive, require_whole
+from flowsim.layout import PerTrajectory
 from flowsim.problems.objective import Objective
 
 # --------------------------------------------------------------------------------------------------
@@ -42,8 +42,8 @@ class Clock:
 
 
 def log_time_rate(
-    objective: Objective, lam: Float[Tensor, " B"], dual_norm: Float[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+    objective: Objective, lam: PerTrajectory, dual_norm: PerTrajectory
+) -> PerTrajectory:
     """log dt/ds, flow time per unit of arclength: Λ − log ‖∇Λ‖_*, or −log ‖∇F‖_* where the level is
     −F."""
     level = lam if objective.logarithmic else torch.zeros_like(lam)
@@ -85,7 +85,7 @@ class Target:
     """Advance until the reading of ``clock`` has reached ``value (B,)``."""
 
     clock: Clock
-    value: Float[Tensor, " B"]
+    value: PerTrajectory
 
     def select(self, rows: Tensor) -> "Target":
         """The target of these trajectories."""
@@ -108,7 +108,7 @@ class SavePlan:
     stop: float
     spread: Spread
 
-    def targets(self, start: Float[Tensor, " B"]) -> list[float]:
+    def targets(self, start: PerTrajectory) -> list[float]:
         """Readings to save at, after the start itself. All trajectories share them, so that bands
         over seeds make sense; they begin after the reading of the trajectory that is furthest."""
         first = float(start.max())

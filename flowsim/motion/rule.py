@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
+from flowsim.layout import PerTrajectory
 from flowsim.motion.clocks import Target
 from flowsim.motion.state import State, tree_map
 
@@ -31,7 +32,7 @@ class Rule(Protocol):
 class Refining(Protocol):
     """A rule that can improve what is read off its steps."""
 
-    def refined(self, problem: Any, state: State, u: Float[Tensor, " B"], point: State) -> State:
+    def refined(self, problem: Any, state: State, u: PerTrajectory, point: State) -> State:
         """``point``, read at u of the last step of ``state``, as near to the path as the rule can
         bring it."""
 

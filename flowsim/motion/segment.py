@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.layout import PerTrajectory
 from flowsim.motion.clocks import Target
 from flowsim.numerics.quadrature import hermite, log_elapsed
 
@@ -19,22 +20,20 @@ class Segment:
     w1: Float[Tensor, "B P"]
     slope0: Float[Tensor, "B P"]
     slope1: Float[Tensor, "B P"]
-    readings0: dict[str, Float[Tensor, " B"]]
-    readings1: dict[str, Float[Tensor, " B"]]
-    lam_slope0: Float[Tensor, " B"]
-    lam_slope1: Float[Tensor, " B"]
-    time_rate0: Float[Tensor, " B"]  # log dt/du
-    time_rate1: Float[Tensor, " B"]
-    time_slope0: Float[Tensor, " B"] | None = None  # its derivative in u; None: linear
-    time_slope1: Float[Tensor, " B"] | None = None
+    readings0: dict[str, PerTrajectory]
+    readings1: dict[str, PerTrajectory]
+    lam_slope0: PerTrajectory
+    lam_slope1: PerTrajectory
+    time_rate0: PerTrajectory  # log dt/du
+    time_rate1: PerTrajectory
+    time_slope0: PerTrajectory | None = None  # its derivative in u; None: linear
+    time_slope1: PerTrajectory | None = None
     bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
     # of kinks, None for rules that do not select them
     multipliers0: Float[Tensor, "B K"] | None = None
     multipliers1: Float[Tensor, "B K"] | None = None
 
-    def at(
-        self, u: Float[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B P"], dict[str, Float[Tensor, " B"]]]:
+    def at(self, u: PerTrajectory) -> tuple[Float[Tensor, "B P"], dict[str, PerTrajectory]]:
         """Weights and readings inside the step; exact at both ends.
 
         Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of
@@ -47,7 +46,7 @@ class Segment:
         readings = {name: self.reading(name, u) for name in self.readings0}
         return _with_ends(column, self.w0, w, self.w1), readings
 
-    def multipliers(self, u: Float[Tensor, " B"]) -> Float[Tensor, "B K"] | None:
+    def multipliers(self, u: PerTrajectory) -> Float[Tensor, "B K"] | None:
         """Multipliers of kinks inside the step; exact at both ends.
 
         Linear in u, also for a pair that begins or ceases to slide in the step: when is not known.
@@ -60,7 +59,7 @@ class Segment:
         inner = torch.where(crosses, torch.nan, a + column * (b - a))
         return _with_ends(column, a, inner, b)
 
-    def reading(self, name: str, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def reading(self, name: str, u: PerTrajectory) -> PerTrajectory:
         """A reading inside the step; exact at both ends."""
         a, b = self.readings0[name], self.readings1[name]
         if name == "lam":
@@ -76,7 +75,7 @@ class Segment:
             inner = a + u * (b - a)
         return _with_ends(u, a, inner, b)
 
-    def _log_time(self, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def _log_time(self, u: PerTrajectory) -> PerTrajectory:
         """log t, with the time spent in the step scaled to end at the recorded reading."""
         a, b = self.readings0["log_time"], self.readings1["log_time"]
         rates = self.time_rate0, self.time_rate1
@@ -88,7 +87,7 @@ class Segment:
         recorded = b + torch.log(-torch.expm1((a - b).clamp_max(0)))  # log(t1 − t0)
         return torch.logaddexp(a, so_far - whole + recorded)
 
-    def locate(self, target: Target) -> Float[Tensor, " B"]:
+    def locate(self, target: Target) -> PerTrajectory:
         """The first u, to rounding, at which the clock shows the target's value; 1 where the end is
         the first."""
         name, value = target.clock.reading, target.value

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from flowsim.layout import PerTrajectory
 from flowsim.motion.segment import Segment
 from flowsim.problems.objective import Objective
 
@@ -88,10 +89,10 @@ class State:
     """
 
     w: Float[Tensor, "B P"]
-    readings: dict[str, Float[Tensor, " B"]]
-    tallies: dict[str, Float[Tensor, " B"]]
+    readings: dict[str, PerTrajectory]
+    tallies: dict[str, PerTrajectory]
     status: Int[Tensor, " B"]
-    step_size: Float[Tensor, " B"]
+    step_size: PerTrajectory
     memory: dict[str, Any]
     multipliers: Tensor | None = None
     segment: Segment | None = None
@@ -101,7 +102,7 @@ class State:
         return self.status == Status.RUNNING
 
     @property
-    def attempts(self) -> Float[Tensor, " B"]:
+    def attempts(self) -> PerTrajectory:
         """Steps tried, accepted or not."""
         return self.readings["steps"] + self.tallies["rejected"]
 
@@ -159,7 +160,7 @@ class State:
         return f"<pre>{escape(repr(self))}</pre>"
 
 
-def _range(values: Float[Tensor, " B"]) -> str:
+def _range(values: PerTrajectory) -> str:
     low, high = (f"{float(end):.6g}" for end in torch.aminmax(values))
     return low if low == high else f"{low} … {high}"
 

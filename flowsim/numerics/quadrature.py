@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PerRow = Float[Tensor, " B"]
+_PerRow = Float[Tensor, " B"]
 
 
 def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
 
 
 def log_elapsed(
-    rate0: PerRow, rate1: PerRow, slope0: PerRow, slope1: PerRow, u: PerRow | None = None
-) -> PerRow:
+    rate0: _PerRow, rate1: _PerRow, slope0: _PerRow, slope1: _PerRow, u: _PerRow | None = None
+) -> _PerRow:
     """log ∫₀ᵘ e^{r(v)} dv, u = 1 by default: the logarithm of the time spent in a step up to u.
 
     r, the log of a rate, is the cubic with values ``rate`` and derivatives ``slope`` at 0 and 1.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
+from flowsim.layout import PerTrajectory
 from flowsim.numerics.batched import bmm
 from flowsim.problems.losses import Loss
 
@@ -85,7 +86,7 @@ def require_sides(method: str, sides: tuple[int, ...]) -> None:
 def release_sides(
     multipliers: Float[Tensor, "B K"],
     released: Bool[Tensor, "B K"],
-    before: Float[Tensor, " B"],
+    before: PerTrajectory,
     sides: tuple[int, ...],
 ) -> Float[Tensor, "B K"]:
     """The side that each kink takes, 0 for z < 0 and 1 for z > 0, where no force holds it any more.
@@ -106,8 +107,8 @@ def release_sides(
 # Two-layer nets
 # --------------------------------------------------------------------------------------------------
 
-Pairs = Float[Tensor, "B N m"]
-"""A number for each pair of an example and a neuron."""
+PerPair = Float[Tensor, "B N m"]
+"""One number for each pair of an example and a neuron."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,10 @@ class TwoLayer:
 
     def expanded(self, trajectories: int) -> "TwoLayer":
         """One data set for each of these trajectories, where all share one."""
-        x, xx, representative, coefficient = (
-            t.expand(trajectories, *t.shape[1:])
-            for t in (self.x, self.xx, self.representative, self.coefficient)
-        )
-        return replace(self, x=x, xx=xx, representative=representative, coefficient=coefficient)
+        names = ("x", "xx", "representative", "coefficient")
+        data = {name: getattr(self, name) for name in names}
+        whole = {name: t.expand(trajectories, *t.shape[1:]) for name, t in data.items()}
+        return replace(self, **whole)
 
     @property
     def distinct(self) -> Bool[Tensor, "B N 1"]:
@@ -164,7 +164,7 @@ class TwoLayer:
     def _first(self) -> Bool[Tensor, "B N"]:
         return self.representative == torch.arange(self.x.shape[-2], device=self.x.device)
 
-    def gathered(self, jump: Pairs) -> Pairs:
+    def gathered(self, jump: PerPair) -> PerPair:
         """Each representative with the jumps of its class; zero elsewhere."""
         if not self.merged:
             return jump
@@ -172,7 +172,7 @@ class TwoLayer:
         carried = jump * self.coefficient.abs()[..., None]
         return torch.zeros_like(jump).scatter_add(1, index, carried)
 
-    def spread(self, multipliers: Pairs) -> Pairs:
+    def spread(self, multipliers: PerPair) -> PerPair:
         """Multipliers of all inputs from those of the representatives."""
         if not self.merged:
             return multipliers
@@ -182,9 +182,9 @@ class TwoLayer:
 
     def at(self, w: Float[Tensor, "B P"]) -> "NetAt":
         """The net and its kinks at these weights. One forward pass."""
-        B, _, d = self.x.shape
-        first = w[:, : self.width * d].view(B, self.width, d)
-        last = w[:, self.width * d :].view(B, -1, self.width)
+        B, m, d = len(w), self.width, self.x.shape[-1]
+        first = w[:, : m * d].view(B, m, d)
+        last = w[:, m * d :].view(B, -1, m)
         z = bmm(self.x, first.mT)
         hidden = self.activation.value(z)
         outputs = bmm(hidden, last.mT)
@@ -201,34 +201,34 @@ class NetAt:
     net: TwoLayer
     first: Float[Tensor, "B m d"]
     last: Float[Tensor, "B C m"]
-    z: Pairs
-    hidden: Pairs
+    z: PerPair
+    hidden: PerPair
     outputs: Float[Tensor, "B N C"]
-    lam: Float[Tensor, " B"]
+    lam: PerTrajectory
     cotangent: Float[Tensor, "B N C"]
-    force: Pairs
+    force: PerPair
 
     @property
-    def jump(self) -> Pairs:
+    def jump(self) -> PerPair:
         """Jumps of the representatives' kinks."""
         return (1 - self.net.leak) * self.net.gathered(self.force)
 
-    def slopes(self, multipliers: Pairs) -> Pairs:
+    def slopes(self, multipliers: PerPair) -> PerPair:
         """φ' of every pair, from the representatives' multipliers."""
         leak = self.net.leak
         return leak + (1 - leak) * self.net.spread(multipliers)
 
-    def tape(self, slopes: Pairs) -> Tape:
+    def tape(self, slopes: PerPair) -> Tape:
         """The net linearised with these slopes, as the kernels want it."""
         return Tape((self.first, self.last), (self.net.x, self.hidden), (slopes,))
 
-    def gradient(self, slopes: Pairs) -> Float[Tensor, "B P"]:
+    def gradient(self, slopes: PerPair) -> Float[Tensor, "B P"]:
         """∇Λ with these slopes."""
         first = bmm((self.force * slopes).mT, self.net.x)
         last = bmm(self.cotangent.mT, self.hidden)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
-    def along(self, v: Float[Tensor, "B P"]) -> Pairs:
+    def along(self, v: Float[Tensor, "B P"]) -> PerPair:
         """How z changes along v: ⟨n, v⟩ for every pair."""
         first = v[:, : self.first[0].numel()].view_as(self.first)
         return bmm(self.net.x, first.mT)

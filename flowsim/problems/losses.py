@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.layout import PerTrajectory
 from flowsim.numerics.batched import bmm_one_by_one
 from flowsim.problems.readings import Outputs, Pairwise, Reading, Residual, Signed, SoftPairwise
 from flowsim.problems.tails import EXPONENTIAL, HALF_SQUARE, LOGISTIC, Elementwise, Tail
@@ -24,12 +25,12 @@ class Loss:
     reading: Reading
     tail: Tail
 
-    def lam(self, f: Outputs, y: Tensor) -> Float[Tensor, " B"]:
+    def lam(self, f: Outputs, y: Tensor) -> PerTrajectory:
         """Λ = log(1/𝓛)."""
         q, _ = self.reading.read(f, y)
         return -torch.logsumexp(self.tail.log_value(q), -1)
 
-    def ascent(self, f: Outputs, y: Tensor) -> tuple[Float[Tensor, " B"], Outputs]:
+    def ascent(self, f: Outputs, y: Tensor) -> tuple[PerTrajectory, Outputs]:
         """Λ and its cotangent ∂Λ/∂f = −(∂𝓛/∂f)/𝓛, which never underflows as a whole."""
         _, lam, _, cotangent = self._slopes(f, y)
         return lam, cotangent
@@ -43,7 +44,8 @@ class Loss:
         multiple of hhᵀ never changes which of them is best; taking out all of it removes the
         stiffness of the common rise."""
         factor, v = self._factors(f, y)
-        keep = torch.eye(v.shape[1], dtype=f.dtype, device=f.device) - v[:, :, None] * v[:, None, :]
+        identity = torch.eye(v.shape[1], dtype=f.dtype, device=f.device)
+        keep = identity - v[:, :, None] * v[:, None, :]
         return (factor @ keep.view(*f.shape, -1)).flatten(1, 2)
 
     def curved(
@@ -60,7 +62,7 @@ class Loss:
         q, _ = self.reading.read(f, y)
         return torch.softmax(self.tail.log_slope(q), -1)
 
-    def soft_minimum(self, lam: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def soft_minimum(self, lam: PerTrajectory) -> PerTrajectory:
         """ℓ⁻¹(𝓛), a lower bound on the smallest q; Λ itself for exponential loss."""
         if self.tail.inverse is None:
             raise ValueError(
@@ -74,7 +76,8 @@ class Loss:
         q, back = self.reading.read(f, y)
         lam = -torch.logsumexp(self.tail.log_value(q), -1)
         slope = torch.exp(self.tail.log_slope(q) + lam[:, None])
-        return q, lam, slope, back(slope if self.tail.decreasing else -torch.sign(q) * slope)
+        signed = slope if self.tail.decreasing else -torch.sign(q) * slope
+        return q, lam, slope, back(signed)
 
     def _factors(
         self, f: Tensor, y: Tensor
@@ -103,7 +106,9 @@ def _square_roots(
     rounding = blocks.shape[-1] * torch.finfo(blocks.dtype).eps * values[..., -1:]
     roots = torch.where(values > rounding, values, 0.0).sqrt()
     inverse = torch.where(roots > 0, 1 / roots, 0.0)
-    return (basis * roots[..., None, :]) @ basis.mT, (basis * inverse[..., None, :]) @ basis.mT
+    whole = (basis * roots[..., None, :]) @ basis.mT
+    pseudo_inverse = (basis * inverse[..., None, :]) @ basis.mT
+    return whole, pseudo_inverse
 
 
 exponential = Loss("exponential", Signed(), EXPONENTIAL)

@@ -5,7 +5,7 @@ from typing import Protocol, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.layout import Layout
+from flowsim.layout import Layout, PerTrajectory
 from flowsim.problems.kinks import Hinges
 
 
@@ -40,10 +40,10 @@ class Objective(Protocol):
     def logarithmic(self) -> bool:
         """Whether the level is the logarithm of one over a loss."""
 
-    def lam(self, w: Float[Tensor, "B P"]) -> Float[Tensor, " B"]:
+    def lam(self, w: Float[Tensor, "B P"]) -> PerTrajectory:
         """The level."""
 
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
+    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[PerTrajectory, Float[Tensor, "B P"]]:
         """The level and its gradient h; at a kink, the element that autograd returns."""
 
     def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import Layout
+from flowsim.layout import Layout, PerTrajectory
 from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
 from flowsim.problems.kinks import Hinges, TwoLayer
@@ -89,11 +89,11 @@ class Problem:
         """f(x; w) on the data."""
         return self.net.outputs(w, self.x)
 
-    def lam(self, w: Float[Tensor, "B P"]) -> Float[Tensor, " B"]:
+    def lam(self, w: Float[Tensor, "B P"]) -> PerTrajectory:
         """Λ = log(1/𝓛), finite where 𝓛 itself underflows."""
         return self.loss.lam(self.outputs(w), self.y)
 
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
+    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[PerTrajectory, Float[Tensor, "B P"]]:
         """Λ and h = ∇Λ = −∇𝓛/𝓛."""
         outputs, pull = self.net.linearize(w, self.x)
         lam, cotangent = self.loss.ascent(outputs, self.y)

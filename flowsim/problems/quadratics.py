@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import Layout, lay_out
+from flowsim.layout import Layout, PerTrajectory, lay_out
 from flowsim.problems.kinks import Hinges, parallels
 
 
@@ -36,10 +36,10 @@ class _Form(ABC):
         return lay_out({"w": self.shape or (self.size,)})
 
     @abstractmethod
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
+    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[PerTrajectory, Float[Tensor, "B P"]]:
         """The level and its gradient."""
 
-    def lam(self, w: Float[Tensor, "B P"]) -> Float[Tensor, " B"]:
+    def lam(self, w: Float[Tensor, "B P"]) -> PerTrajectory:
         return self.ascent(w)[0]
 
     def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B P P"]:
@@ -57,7 +57,8 @@ class _Form(ABC):
         return self
 
     def like(self, w: Tensor) -> Self:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        names = (field.name for field in fields(self))  # type: ignore[arg-type]
+        parts = {name: getattr(self, name) for name in names}
         moved = {name: part.to(w) for name, part in parts.items() if isinstance(part, Tensor)}
         return replace(self, **moved)  # type: ignore[type-var]
 
