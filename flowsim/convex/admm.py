@@ -56,10 +56,19 @@ class _Iterate:
     y: Float[Tensor, " P"]
     f: Float[Tensor, " K"]
 
-    def relaxed(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Beyond u and v, shifted by the multipliers."""
-        over_x, over_z = (1 - _RELAX) * self.x, (1 - _RELAX) * self.z
-        return _RELAX * u + over_x + self.y, _RELAX * v + over_z + self.f
+    def after(
+        self,
+        u: Tensor,
+        v: Tensor,
+        project: Callable[[Tensor], Tensor],
+        prox: Callable[[Tensor, float], Tensor],
+        rho: float,
+    ) -> "_Iterate":
+        """The copies brought near u and v, beyond which they go."""
+        to_x = _RELAX * u + (1 - _RELAX) * self.x + self.y
+        to_z = _RELAX * v + (1 - _RELAX) * self.z + self.f
+        x, z = project(to_x), prox(to_z, rho)
+        return _Iterate(x, z, to_x - x, to_z - z)
 
 
 _RELAX = 1.6
@@ -83,18 +92,16 @@ def split(
     rho = _largest(q.gradient(start)) / _largest(start) if bool(start.any()) else 1.0
     rho = rho if rho > 1e-100 else 1.0
     solve = q.solver(n, rho)
-    along = n @ start
-    at = _Iterate(start, along, torch.zeros_like(start), torch.zeros_like(along))
+    at = _Iterate(start, n @ start, torch.zeros_like(start), n.new_zeros(len(n)))
     for step in range(1, max_steps + 1):
         u = solve(q.b + rho * (at.x - at.y + (at.z - at.f) @ n))
         v, last = n @ u, at
-        to_x, to_z = at.relaxed(u, v)
-        x, z = project(to_x), prox(to_z, rho)
-        at = _Iterate(x, z, to_x - x, to_z - z)
+        at = at.after(u, v, project, prox, rho)
         if step % 25:
             continue
-        primal = _largest(u - x, v - z) / _largest(u, v)
-        dual = _largest(x - last.x + (z - last.z) @ n) / _largest(at.y, q.b / rho)
+        primal = _largest(u - at.x, v - at.z) / _largest(u, v)
+        moved = at.x - last.x + (at.z - last.z) @ n
+        dual = _largest(moved) / _largest(at.y, q.b / rho)
         if max(primal, dual) <= tol:
             break
         change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)

@@ -11,7 +11,7 @@ everywhere in flowsim.
     forward_stagewise      ½‖Xw − y‖₂² in ℓ1                                        a polyline
     smooth_quadratic       ½(w − w*)ᵀH(w − w*) in quadratic norms                   w at times t
     difference_of_squares  ½‖X(u² − v²) − y‖₂² in ℓ2                                u, v at times t
-    conserved              diagonal nets in ℓp                                      constants of motion
+    conserved              diagonal nets in ℓp                                      constants
 """
 
 from flowsim.exact.in_time import (

@@ -65,7 +65,8 @@ def max_margin(problem: Problem, norm: Norm) -> MaxMargin:
     where cvxpy is needed and missing.
 
     >>> import flowsim as fs
-    >>> problem = fs.Problem(fs.Linear(3), [[3, 1, 0], [1, -2, 2], [1, 2, 1]], [1, 1, 1], fs.exponential)
+    >>> x, y = [[3, 1, 0], [1, -2, 2], [1, 2, 1]], [1, 1, 1]
+    >>> problem = fs.Problem(fs.Linear(3), x, y, fs.exponential)
     >>> print(max_margin(problem, fs.Linf()).margin)
     2.5
     """
@@ -80,7 +81,8 @@ def min_norm(problem: Problem, norm: Norm) -> MinNorm:
     or all targets are 0."""
     if problem.loss.reading.targets != "values":
         raise ValueError(
-            f"min_norm: got the {problem.loss.name} loss, expected a regression, try loss=flowsim.squared"
+            f"min_norm: got the {problem.loss.name} loss, expected a regression, "
+            "try loss=flowsim.squared"
         )
     rows, norm = _jacobian(problem).flatten(0, 1).numpy(), norm.bind(problem.layout)
     y = problem.y.reshape(-1).double().cpu().numpy()
@@ -94,9 +96,12 @@ def min_norm(problem: Problem, norm: Norm) -> MinNorm:
     w = w * (y @ y) / (y @ (rows @ w))
     w = w + np.linalg.lstsq(rows, y - rows @ w)[0]
     multipliers = multipliers / dual_of(norm, multipliers @ rows)
-    residual = float(np.abs(rows @ w - y).max())
     return MinNorm(
-        float(norm.value(torch.from_numpy(w))), w, multipliers, float(multipliers @ y), residual
+        size=float(norm.value(torch.from_numpy(w))),
+        w=w,
+        multipliers=multipliers,
+        bound=float(multipliers @ y),
+        residual=float(np.abs(rows @ w - y).max()),
     )
 
 
@@ -115,12 +120,14 @@ def margin_rows(problem: Problem) -> Float[Array, "M P"]:
 def _jacobian(problem: Problem) -> Float[torch.Tensor, "N C P"]:
     if not problem.net.linear:
         raise ValueError(
-            f"got {type(problem.net).__name__} of degree {problem.degree:g}, expected a net that is linear in its "
-            "weights, try flowsim.Linear(d, outputs), or reference.game on gradients"
+            f"got {type(problem.net).__name__} of degree {problem.degree:g}, expected a net that "
+            "is linear in its weights, try flowsim.Linear(d, outputs), or reference.game on "
+            "gradients"
         )
     if problem.x.ndim == 3 and len(problem.x) > 1:
         raise ValueError(
-            f"got {len(problem.x)} data sets, expected one, try problem.select(torch.tensor([b])) for each b"
+            f"got {len(problem.x)} data sets, expected one, "
+            "try problem.select(torch.tensor([b])) for each b"
         )
     zero = torch.zeros(1, problem.size, dtype=torch.float64)
     return problem.like(zero).net.jacobian(zero, problem.x.to(zero))[0]
