@@ -18,6 +18,9 @@ from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
 from flowsim.norms.norm import Norm
 from flowsim.velocity.ties import Slabs
 
+_Vector = Float[Tensor, " P"]
+_PerKink = Float[Tensor, " K"]
+
 END = 1e-9  # multipliers so near to 0 or 1 are taken to be there
 
 
@@ -26,19 +29,19 @@ class AttractingKinks:
     """The attracting kinks at one place: normals ``n``, ``c`` = −jump, the gradient ``b`` for
     D = 0, and their ``index`` among all kinks."""
 
-    b: Float[Tensor, " P"]
+    b: _Vector
     n: Float[Tensor, "K P"]
-    c: Float[Tensor, " K"]
+    c: _PerKink
     index: Int[Tensor, " K"]
 
-    def gradient(self, D: Float[Tensor, " K"]) -> Float[Tensor, " P"]:
+    def gradient(self, D: _PerKink) -> _Vector:
         return self.b - (self.c * D) @ self.n
 
-    def slope(self, u: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+    def slope(self, u: _Vector) -> Float[Tensor, ""]:
         """The directional derivative of the level."""
         return self.b @ u - self.c @ (self.n @ u).clamp_min(0)
 
-    def respected(self, D: Float[Tensor, " K"]) -> Slabs:
+    def respected(self, D: _PerKink) -> Slabs:
         """Where u may lie: ⟨n, u⟩ is at most 0 for D = 0, at least 0 for D = 1, 0 in between."""
         unit = self.n / torch.linalg.vector_norm(self.n, dim=-1, keepdim=True)
         low = torch.where(D <= 0, -torch.inf, 0.0).to(D)
@@ -46,9 +49,7 @@ class AttractingKinks:
         return Slabs(unit, low, high)
 
 
-def least_dual_norm(
-    norm: Norm, kinks: AttractingKinks
-) -> tuple[Float[Tensor, " K"], Float[Tensor, " P"]]:
+def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vector]:
     """D in [0, 1] for which ‖b − Σ c_k D_k n_k‖_* is least, and one of the steepest u."""
     scale = norm.dual(kinks.b)
     if not (len(kinks.c) and scale > 0):  # no gradient is shorter than zero

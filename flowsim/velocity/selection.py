@@ -26,7 +26,11 @@ from flowsim.norms.norm import Norm
 from flowsim.problems.kinks import Hinges
 from flowsim.problems.objective import Objective
 from flowsim.velocity.multipliers import AttractingKinks, least_dual_norm
-from flowsim.velocity.ties import least_curved, support_within
+from flowsim.velocity.ties import Slabs, least_curved, support_within
+
+_Rows = Float[Tensor, "B P"]
+_PerKink = Float[Tensor, "B K"]
+_Which = Bool[Tensor, "B K"]
 
 ROUNDING = 256  # in units of the last place: how far from zero a computed z may be on its kink
 ZERO = 1e-11  # a gradient that cancels to this part of its terms is zero
@@ -43,20 +47,20 @@ class Selection:
     ``multipliers`` D and ``sliding``, the kinks on which u stays since 0 < D < 1, are None for
     objectives without kinks."""
 
-    direction: Float[Tensor, "B P"]
-    ascent: Float[Tensor, "B P"]
+    direction: _Rows
+    ascent: _Rows
     dual: Float[Tensor, " B"]
     level: Float[Tensor, " B"]
     gap: Float[Tensor, " B"]
-    multipliers: Float[Tensor, "B K"] | None = None
-    sliding: Bool[Tensor, "B K"] | None = None
+    multipliers: _PerKink | None = None
+    sliding: _Which | None = None
 
 
 def select(
     objective: Objective,
     norm: Norm,
-    w: Float[Tensor, "B P"],
-    multipliers: Float[Tensor, "B K"] | None = None,
+    w: _Rows,
+    multipliers: _PerKink | None = None,
     *,
     tol: float = 1e-9,
     opposite: bool = False,
@@ -73,24 +77,20 @@ def select(
     norm = norm.bind(objective.layout)
     place = _Place.of(objective, w, multipliers, opposite)
     while True:
-        D, kinks = place.attracting()
-        u = torch.empty_like(w)
-        for row, here in enumerate(kinks):
-            D[row, here.index], u[row] = least_dual_norm(norm, here)
-        h = _unless_cancelled(norm, place.hinges.gradient(D), kinks)
-        turned = place.entered(norm, h, u)
+        least = place.least(norm)
+        turned = place.entered(norm, least.h, least.u)
         if not bool(turned.any()):
-            u = _directions(objective, norm, w, h, D, kinks, tol)
-            turned = place.entered(norm, h, u)
+            u = _directions(objective, norm, w, least, tol)
+            turned = place.entered(norm, least.h, u)
         if not bool(turned.any()):
-            return _selection(objective, norm, w, h, u, D, kinks)
+            return _selection(objective, norm, w, least, u)
         place = replace(place, side=place.side ^ turned)
 
 
 def variation(
     objective: Objective,
     norm: Norm,
-    w: Float[Tensor, "B P"],
+    w: _Rows,
     selection: Selection,
     *,
     tol: float = 1e-9,
@@ -103,19 +103,20 @@ def variation(
     flow at ties); where the residual is not small, H is indefinite on the face and the flow
     branches or leaves it elsewhere."""
     norm = norm.bind(objective.layout)
-    u, h = selection.direction, selection.ascent
+    u = selection.direction
     D = u[:, :0] if selection.multipliers is None else selection.multipliers
+    kinks = _Place.of(objective, w, D, False).attracting()[1]
+    least = _Least(selection.ascent, D, kinks, u)
     Hu = _hessian_along(objective, w, u, D)
-    face = norm.face(h, tol)
+    face = norm.face(least.h, tol)
     lowest = -face.support(-Hu)
     width = face.support(Hu) - lowest
     flat = width <= FLAT * norm.dual(Hu)
-    for row, kinks in enumerate(_Place.of(objective, w, D, False).attracting()[1]):
-        if len(kinks.c) and not flat[row]:
-            slabs = kinks.respected(D[row, kinks.index])
-            lowest[row] = -support_within(norm.face(h[row], tol), -Hu[row], slabs)
-    excess = (Hu * u).sum(-1) - lowest
-    return torch.where(flat, 0.0, excess / torch.where(flat, 1.0, width))
+    for row, here in enumerate(kinks):
+        if len(here.c) and not flat[row]:
+            alone = norm.face(least.h[row], tol)
+            lowest[row] = -support_within(alone, -Hu[row], least.slabs(row))
+    return torch.where(flat, 0.0, ((Hu * u).sum(-1) - lowest) / torch.where(flat, 1.0, width))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def variation(
 # --------------------------------------------------------------------------------------------------
 
 
-def _hinges(objective: Objective, w: Float[Tensor, "B P"]) -> Hinges:
+def _hinges(objective: Objective, w: _Rows) -> Hinges:
     """The kinks of the level, which may be none."""
     if objective.kinks:
         return objective.hinges(w)
@@ -132,12 +133,28 @@ def _hinges(objective: Objective, w: Float[Tensor, "B P"]) -> Hinges:
 
 
 @dataclass(frozen=True)
+class _Least:
+    """The gradient h of least dual norm, with the multipliers D of all kinks, the kinks that
+    attract in each row, and one steepest direction u."""
+
+    h: _Rows
+    D: _PerKink
+    kinks: list[AttractingKinks]
+    u: _Rows
+
+    def slabs(self, row: int) -> Slabs:
+        """Where the velocity of a row may lie."""
+        here = self.kinks[row]
+        return here.respected(self.D[row, here.index])
+
+
+@dataclass(frozen=True)
 class _Place:
     """Weights among their kinks: those that they are ``on``, and the side of each."""
 
     hinges: Hinges
-    on: Bool[Tensor, "B K"]
-    side: Bool[Tensor, "B K"]
+    on: _Which
+    side: _Which
 
     @staticmethod
     def of(objective: Objective, w: Tensor, stored: Tensor | None, opposite: bool) -> "_Place":
@@ -153,7 +170,7 @@ class _Place:
         on &= hinges.along(_probe(w).expand_as(w)) != 0  # a normal that is zero makes no kink
         return _Place(hinges, on, torch.where(on, side, hinges.z > 0))
 
-    def attracting(self) -> tuple[Float[Tensor, "B K"], list[AttractingKinks]]:
+    def attracting(self) -> tuple[_PerKink, list[AttractingKinks]]:
         """The attracting kinks that w is on, row by row, and the multipliers of all others, with 0
         for these."""
         free = self.on & (self.hinges.jump < 0)
@@ -163,9 +180,19 @@ class _Place:
         c = [-jump[k] for jump, k in zip(self.hinges.jump, index, strict=True)]
         return D, list(map(AttractingKinks, b, normals, c, index))
 
-    def entered(
-        self, norm: Norm, h: Float[Tensor, "B P"], u: Float[Tensor, "B P"]
-    ) -> Bool[Tensor, "B K"]:
+    def least(self, norm: Norm) -> _Least:
+        """See `_Least`; h is zero where only rounding is left of its terms."""
+        D, kinks = self.attracting()
+        found = [least_dual_norm(norm, here) for here in kinks]
+        for row, here in enumerate(kinks):
+            D[row, here.index] = found[row][0]
+        h = self.hinges.gradient(D)
+        terms = norm.dual(torch.stack([here.b for here in kinks]))
+        cancelled = norm.dual(h) <= ZERO * terms
+        h = torch.where(cancelled[:, None], 0.0, h)
+        return _Least(h, D, kinks, torch.stack([u for _, u in found]))
+
+    def entered(self, norm: Norm, h: _Rows, u: _Rows) -> _Which:
         """The repelling kinks whose other side u enters. To take that side raises the slope, so
         that turning ends."""
         across = self.hinges.along(u) * (1 - 2 * self.side.to(u))
@@ -173,7 +200,7 @@ class _Place:
         return self.on & (self.hinges.jump > 0) & (gain > FLAT * norm.dual(h)[:, None])
 
 
-def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> Float[Tensor, "B K"]:
+def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> _PerKink:
     """A bound on the rounding errors of z: n_k·w with random signs has variance Σ_i (n_ki w_i)²."""
     generator = torch.Generator().manual_seed(0)
     bound = hinges.z.abs()
@@ -189,24 +216,16 @@ def _probe(w: Tensor) -> Float[Tensor, " P"]:
     return torch.randn(w.shape[1:], generator=generator, dtype=w.dtype).to(w.device)
 
 
-def _normals(hinges: Hinges, free: Bool[Tensor, "B K"]) -> list[Float[Tensor, "k P"]]:
+def _normals(hinges: Hinges, free: _Which) -> list[Float[Tensor, "k P"]]:
     """Normals of the free kinks of each row, one kink of every row at a time."""
     counts = free.sum(-1).tolist()
     order = free.int().argsort(stable=True, dim=-1, descending=True)
-    normals = [hinges.base[:, :0]]
+    none = torch.zeros_like(hinges.z)
+    normals = [hinges.base]  # stands before the first, of which there may be none
     for kink in order[:, : max(counts)].split(1, dim=1):
-        normals.append(hinges.combine(torch.zeros_like(hinges.z).scatter(1, kink, 1.0)))
-    stacked = torch.stack(normals[1:], 1) if max(counts) else hinges.base[:, None][:, :0]
-    return [rows[:count] for rows, count in zip(stacked, counts, strict=True)]
-
-
-def _unless_cancelled(
-    norm: Norm, h: Float[Tensor, "B P"], kinks: list[AttractingKinks]
-) -> Float[Tensor, "B P"]:
-    """h, and zero where only rounding is left of the gradient b."""
-    terms = norm.dual(torch.stack([here.b for here in kinks]))
-    cancelled = norm.dual(h) <= ZERO * terms
-    return torch.where(cancelled[:, None], 0.0, h)
+        normals.append(hinges.combine(none.scatter(1, kink, 1.0)))
+    rows = torch.stack(normals, 1)[:, 1:]
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,48 +233,39 @@ def _unless_cancelled(
 # --------------------------------------------------------------------------------------------------
 
 
-def _directions(
-    objective: Objective,
-    norm: Norm,
-    w: Tensor,
-    h: Tensor,
-    D: Tensor,
-    kinks: list[AttractingKinks],
-    tol: float,
-) -> Float[Tensor, "B P"]:
+def _directions(objective: Objective, norm: Norm, w: _Rows, least: _Least, tol: float) -> _Rows:
     """The unit direction of each row: its only one, or that of least curvature on its face."""
-    u = norm.steepest(h)
+    u = norm.steepest(least.h)
     if not norm.ties:
         return u
-    face, probe = norm.face(h, tol), _probe(w).expand_as(w)
+    face, probe = norm.face(least.h, tol), _probe(w).expand_as(w)
     width = face.support(probe) + face.support(-probe)
-    tied = (width > FLAT * norm.dual(probe)) & (norm.dual(h) > 0)
-    C = objective.curvature(w) if bool(tied.any()) else h[:, None]
-    for row in tied.nonzero()[:, 0].tolist():
-        slabs = kinks[row].respected(D[row, kinks[row].index])
-        u[row] = least_curved(norm.face(h[row], tol), C[row], slabs, u[row])
+    tied = (width > FLAT * norm.dual(probe)) & (norm.dual(least.h) > 0)
+    for row in tied.nonzero():
+        C = objective.select(row).curvature(w[row])[0]
+        alone = norm.face(least.h[row[0]], tol)
+        u[row] = least_curved(alone, C, least.slabs(int(row)), u[row[0]])
     return u
 
 
 def _selection(
     objective: Objective,
     norm: Norm,
-    w: Tensor,
-    h: Tensor,
-    u: Tensor,
-    D: Tensor,
-    kinks: list[AttractingKinks],
+    w: _Rows,
+    least: _Least,
+    u: _Rows,
 ) -> Selection:
-    dual = norm.dual(h)
-    slope = torch.stack([here.slope(v) for here, v in zip(kinks, u, strict=True)])
+    dual = norm.dual(least.h)
+    slope = torch.stack([here.slope(v) for here, v in zip(least.kinks, u, strict=True)])
     gap = torch.where(dual > 0, (dual - slope) / torch.where(dual > 0, dual, 1.0), 0.0)
-    at = Selection(u, h, dual, objective.lam(w), gap)
-    return replace(at, multipliers=D, sliding=(D > 0) & (D < 1)) if objective.kinks else at
+    at = Selection(u, least.h, dual, objective.lam(w), gap)
+    if not objective.kinks:
+        return at
+    D = least.D
+    return replace(at, multipliers=D, sliding=(D > 0) & (D < 1))
 
 
-def _hessian_along(
-    objective: Objective, w: Float[Tensor, "B P"], u: Float[Tensor, "B P"], D: Tensor
-) -> Float[Tensor, "B P"]:
+def _hessian_along(objective: Objective, w: _Rows, u: _Rows, D: Tensor) -> _Rows:
     """Hu for H = −∇² of the level with fixed multipliers, up to a multiple of h."""
     if objective.convex:
         C = objective.curvature(w)

@@ -13,6 +13,8 @@ from torch import Tensor
 from flowsim.convex.admm import Form, Split, split
 from flowsim.norms.faces import Face
 
+_Vector = Float[Tensor, " P"]
+
 
 @dataclass(frozen=True)
 class Slabs:
@@ -22,7 +24,7 @@ class Slabs:
     low: Float[Tensor, " K"]
     high: Float[Tensor, " K"]
 
-    def minimum(self, form: Form, face: Face, start: Float[Tensor, " P"]) -> Split:
+    def minimum(self, form: Form, face: Face, start: _Vector) -> Split:
         """Of a form, over the points of the face that lie in the slabs."""
 
         def clamped(z: Tensor, _: float) -> Tensor:
@@ -31,9 +33,7 @@ class Slabs:
         return split(form, face.project, self.n, clamped, start=start)
 
 
-def least_curved(
-    face: Face, C: Float[Tensor, "R P"], slabs: Slabs, start: Float[Tensor, " P"]
-) -> Float[Tensor, " P"]:
+def least_curved(face: Face, C: Float[Tensor, "R P"], slabs: Slabs, start: _Vector) -> _Vector:
     """The point of the face, in the slabs, with least ‖Cu‖; the shortest one if there are
     several."""
     _, s, seen = torch.linalg.svd(C, full_matrices=False)  # (r), (r, P)
@@ -51,7 +51,7 @@ def least_curved(
     return fixing.minimum(Form(C[:0], 1.0, zero), face, u).at
 
 
-def support_within(face: Face, a: Float[Tensor, " P"], slabs: Slabs) -> Float[Tensor, ""]:
+def support_within(face: Face, a: _Vector, slabs: Slabs) -> Float[Tensor, ""]:
     """The maximum of ⟨a, v⟩ over the points of the face that lie in the slabs: a bound from above,
     by the multipliers."""
     scale = a.abs().amax()

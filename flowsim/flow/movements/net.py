@@ -38,13 +38,12 @@ SWEEPS = 20  # the most programmes for a movement
 
 @dataclass(frozen=True)
 class _Task:
-    """A movement to be found: from ``w`` with pre-activations ``z``, how far these may move, and
-    what is known of the kinks."""
+    """A movement to be found: from ``w`` with pre-activations ``z``, and what is known of the
+    kinks."""
 
     w: _Vector
     eps: float
     z: _Pairs
-    farthest: Float[Tensor, "N 1"]
     multipliers: _Pairs
     releases: float
 
@@ -83,7 +82,7 @@ class NetMover:
     ) -> None:
         self.norm, self.problem, self.sides = norm, problem, sides
         self.net = problem.two_layer(1)
-        self._farthest = _farthest(norm, self.net.x[0], w.shape[1])
+        self._farthest = _farthest(norm, self.net.x[0], w.shape[1])[:, None]
         self._signs = _signs(problem, w)
         # each row's example, the first example parallel to it, and the multiple that it is of that
         rows, examples = len(self._signs), self.net.x.shape[1]
@@ -103,7 +102,7 @@ class NetMover:
         start = self.net.at(w[None])
         z = start.z[0]
         begun = guess or Guess(torch.zeros_like(w), (z > 0).to(w).flatten())
-        task = self._task(w, eps, z, begun)
+        task = _Task(w, eps, z, begun.dual_variables.view_as(z), begun.releases)
         sweeps, best = _Sweeps(begun.v, begun.dual_variables), None
         iterate, newton = None, 0
         for _ in range(SWEEPS):
@@ -122,17 +121,13 @@ class NetMover:
             return self._movement(task, start, torch.zeros_like(w), sweeps.multipliers.view_as(z))
         return replace(best, newton=newton)
 
-    def _task(self, w: _Vector, eps: float, z: _Pairs, begun: Guess) -> _Task:
-        farthest = eps * self._farthest[:, None]
-        return _Task(w, eps, z, farthest, begun.dual_variables.view_as(z), begun.releases)
-
     # --- the programme of a sweep -----------------------------------------------------------------
 
     def _programme(self, task: _Task, v: _Vector, multipliers: _Pairs) -> Programme | None:
         """The model at the guess w + εv, in units of the gain that its gradient promises."""
         point = self.net.at((task.w + task.eps * v)[None])
         attracts = (point.jump[0] < 0) & self.net.distinct[0]
-        live = attracts & (task.z.abs() <= 1.001 * task.farthest)
+        live = attracts & (task.z.abs() <= 1.001 * task.eps * self._farthest)
         sides = self._sides_off(task, point, multipliers)
         slopes = point.slopes(torch.where(live, multipliers, sides)[None])
         gain = task.eps * float(self.norm.dual(point.gradient(slopes)[0]))
@@ -221,7 +216,7 @@ class NetMover:
         fraction = torch.where(largest > 0, found.f / largest.clamp_min(1e-300), 0.0)
         fraction = fraction.clamp(0, 1).mT  # (N, m)
         # of force and distance one is rounding
-        near = point.z[0].abs() <= fraction * (1 - fraction) * task.farthest
+        near = point.z[0].abs() <= fraction * (1 - fraction) * task.eps * self._farthest
         held = near & programme.live.mT
         sides = self._sides_off(task, point, torch.where(held, fraction, task.multipliers))
         multipliers = torch.where(held & (point.jump[0] < 0), fraction, sides)

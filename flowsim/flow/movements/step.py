@@ -50,6 +50,9 @@ _FIRST = 1 - _MIDDLE - _LAST
 
 _CONTROL = Controller(order=3, broken=0.4)
 
+_Vector = Float[Tensor, " P"]
+_Number = Float[Tensor, " 1"]
+
 
 @dataclass(frozen=True)
 class MinimisingMovement(Method):
@@ -118,8 +121,8 @@ def mover_of(
     if objective.kinks and isinstance(objective, Problem):
         if not supports_ball(norm):
             raise ValueError(
-                f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers or a "
-                "quadratic norm for a net with kinks; try flowsim.SmallStep for its small steps"
+                f"got the norm {norm.name!r}, expected L1, L2, Linf, Lp, their Max over layers "
+                "or a quadratic norm for a net with kinks; try flowsim.SmallStep for small steps"
             )
         return NetMover(norm, objective, w, sides)
     if not supports_smoothing(norm):
@@ -167,18 +170,10 @@ class MovementTrial:
         middle, last = 1 - _GAMMA - _MIDDLE, _GAMMA - _LAST
         return self.eps * (-_FIRST * u + middle * v + last * z)
 
-    def mean(self, name: str) -> Float[Tensor, " 1"]:
+    def mean(self, name: str) -> _Number:
         """The mean of a rate over the step."""
         a, m, b = (at.rates[name] for at in (self.first, self.middle, self.last))
         return _FIRST * a + _MIDDLE * m + _LAST * b
-
-
-def two_movements(
-    mover: Mover, w: Float[Tensor, " P"], eps: float, guess: Guess | None, tol: float
-) -> tuple[Movement, Movement]:
-    """The stage and the end of a step of arclength ``eps`` from w."""
-    stage = mover.move(w, _GAMMA * eps, guess, tol)
-    return stage, mover.move(w + (1 - _GAMMA) * eps * stage.v, _GAMMA * eps, stage, tol)
 
 
 @dataclass(frozen=True)
@@ -226,7 +221,7 @@ class ImplicitSteps:
             return None
         return Guess(torch.zeros_like(state.w[0]), known[0], _releases(state))
 
-    def refined(self, state: State, u: Float[Tensor, " 1"], point: State) -> State:
+    def refined(self, state: State, u: _Number, point: State) -> State:
         """See `MinimisingMovement.refined`."""
         step = state.segment
         if step is None or step.multipliers0 is None:
@@ -234,9 +229,8 @@ class ImplicitSteps:
         eps = float(u * (step.readings1["arclength"] - step.readings0["arclength"]))
         w, v = step.w0[0], step.slope0[0]
         guess = Guess(v / self.mover.norm.value(v), step.multipliers0[0], _releases(state))
-        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
-        stage, end = two_movements(self.mover, w, eps, guess, tol)
-        if max(stage.gap, end.gap) >= self.mover.trusted:
+        stage, end = self._movements(w, eps, guess)
+        if not max(stage.gap, end.gap) < self.mover.trusted:
             return point
         readings = point.readings | {"lam": end.lam[None].double()}
         point = replace(point, w=end.w[None], readings=readings)
@@ -247,8 +241,7 @@ class ImplicitSteps:
         w, eps = state.w[0], float(state.step_size)
         first, variables = sample_of(state), state.memory["dual_variables"][0]
         guess = Guess(first.velocity[0], variables, _releases(state))
-        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
-        trial = self.trial(w, first, eps, guess, tol)
+        trial = self.trial(w, first, eps, guess)
         excess = self._excess(state, trial)
         size = state.step_size * _CONTROL.factor(excess)
         accepted, moved = excess <= 1, state
@@ -260,11 +253,16 @@ class ImplicitSteps:
         moved = count_attempt(moved, accepted, gradients=2, newton=trial.newton)
         return self._stop_if_stuck(moved, trial)
 
-    def trial(
-        self, w: Float[Tensor, " P"], first: Sample, eps: float, guess: Guess | None, tol: float
-    ) -> MovementTrial:
+    def _movements(self, w: _Vector, eps: float, guess: Guess | None) -> tuple[Movement, Movement]:
+        """The stage and the end of a step of arclength ``eps`` from w."""
+        part = _GAMMA * eps
+        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
+        stage = self.mover.move(w, part, guess, tol)
+        return stage, self.mover.move(w + (1 - _GAMMA) * eps * stage.v, part, stage, tol)
+
+    def trial(self, w: _Vector, first: Sample, eps: float, guess: Guess | None) -> MovementTrial:
         """One step of arclength ``eps`` from w, where the field is ``first``."""
-        stage, end = two_movements(self.mover, w, eps, guess, tol)
+        stage, end = self._movements(w, eps, guess)
         # inside the ball there is no steepest direction: the end is a minimiser
         interior = float(self.mover.norm.value(end.v)) < 0.999
         length = float(self.mover.norm.value(end.w - w)) if interior else eps
@@ -275,7 +273,7 @@ class ImplicitSteps:
         w, lam, h, v = at.w[None], at.lam[None], at.ascent[None], at.v[None]
         return self.field.sample(self.objective, w, lam, h, v)
 
-    def _excess(self, state: State, trial: MovementTrial) -> Float[Tensor, " 1"]:
+    def _excess(self, state: State, trial: MovementTrial) -> _Number:
         """The error over its tolerance; infinite where the step is no good."""
         first, last, error = trial.first, trial.last, trial.error
         excess = error_of_weights(self.field, state.w, trial.w, error)
@@ -290,9 +288,7 @@ class ImplicitSteps:
         good = torch.isfinite(excess) & ~falls & (trial.gap < self.mover.trusted)
         return torch.where(good, excess, torch.inf)
 
-    def _soft_margin(
-        self, lam: Float[Tensor, " 1"], w: Float[Tensor, "1 P"]
-    ) -> Float[Tensor, " 1"]:
+    def _soft_margin(self, lam: _Number, w: Float[Tensor, "1 P"]) -> _Number:
         """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where
         there is none."""
         length, objective = self.field.norm.value(w), self.objective

@@ -77,10 +77,10 @@ class Pseudoinverse:
     rounding counts as singular, and there solutions have least length."""
 
     def __init__(self, A: Float[Array, "R k"], scale: _Along) -> None:
-        self.unknowns, self.live = len(scale), np.flatnonzero(scale > 0)
-        self.scale = scale[self.live]
-        self.A = A[:, self.live] / self.scale
-        self.factor = _well_conditioned(self.A.T @ self.A)
+        self.dead = scale == 0  # what nothing feels stays at zero
+        self.scale = np.where(self.dead, 1.0, scale)
+        self.A = A / self.scale
+        self.factor = _well_conditioned(self.A.T @ self.A + np.diag(self.dead))
         if self.factor is None:
             U, s, Vt = svd(self.A, full_matrices=False, lapack_driver="gesvd")
             kept = s > 1e-8
@@ -90,27 +90,22 @@ class Pseudoinverse:
 
     def of_normal(self, r: _Along) -> _Along:
         """(AᵀA)⁺ r."""
-        r = r[self.live] / self.scale
+        r = np.where(self.dead, 0.0, r / self.scale)
         if self.factor is None:
-            return self._full(self.shortest @ ((self.Vt @ r) / self.s**2))
-        return self._full(self._solve(r) / self.scale)
+            return self.shortest @ ((self.Vt @ r) / self.s**2)
+        return self._solve(r) / self.scale
 
     def times(self, b: Float[Array, " R"]) -> _Along:
         """A⁺ b."""
         if self.factor is None:
-            return self._full(self.shortest @ ((self.U.T @ b) / self.s))
+            return self.shortest @ ((self.U.T @ b) / self.s)
         y = self._solve(self.A.T @ b)
         # normal equations square the condition: refine
         y = y + self._solve(self.A.T @ (b - self.A @ y))
-        return self._full(y / self.scale)
+        return y / self.scale
 
-    def _solve(self, r: Array) -> Array:
+    def _solve(self, r: _Along) -> _Along:
         return cho_solve(self.factor, r, check_finite=False)
-
-    def _full(self, y: Array) -> _Along:
-        full = np.zeros(self.unknowns)
-        full[self.live] = y
-        return full
 
 
 def _well_conditioned(gram: Float[Array, "k k"]) -> tuple[Array, bool] | None:
