@@ -1,9 +1,20 @@
-"""TODO."""
+"""The scalar functions φ between layers, positively homogeneous."""
+
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flowsim.kernels.reference import Activation
+
+
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """max(z, 0) + slope·min(z, 0), with 0 ≤ slope ≤ 1."""
+    if not 0 <= slope <= 1:
+        raise ValueError(f"leaky_relu: got slope {slope}, expected a number in [0, 1]")
+    value = partial(functional.leaky_relu, negative_slope=slope)
+    return Activation(f"leaky_relu({slope:g})", 1, slope < 1, value, partial(_leaky_step, slope))
 
 
 def _step(z: Tensor) -> Tensor:
@@ -11,28 +22,27 @@ def _step(z: Tensor) -> Tensor:
     return torch.gt(z, 0, out=torch.empty_like(z))
 
 
+def _leaky_step(slope: float, z: Tensor) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), slope)
+
+
+def _same(z: Tensor) -> Tensor:
+    return z
+
+
+def _squared_relu(z: Tensor) -> Tensor:
+    return torch.relu(z).square()
+
+
+def _twice_relu(z: Tensor) -> Tensor:
+    return 2 * torch.relu(z)
+
+
+def _twice(z: Tensor) -> Tensor:
+    return 2 * z
+
+
 relu = Activation("relu", 1, True, torch.relu, _step)
-
-
-identity = Activation("identity", 1, False, lambda z: z, torch.ones_like)
-
-
-squared_relu = Activation(
-    "squared_relu", 2, False, lambda z: torch.relu(z).square(), lambda z: 2 * torch.relu(z)
-)
-
-
-square = Activation("square", 2, False, torch.square, lambda z: 2 * z)
-
-
-def leaky_relu(slope: float = 0.01) -> Activation:
-    """max(z, 0) + slope·min(z, 0), with 0 ≤ slope ≤ 1."""
-    if not 0 <= slope <= 1:
-        raise ValueError(f"leaky_relu: got slope {slope}, expected a number in [0, 1]")
-    return Activation(
-        f"leaky_relu({slope:g})",
-        1,
-        0 <= slope < 1,
-        lambda z: torch.where(z > 0, z, slope * z),
-        lambda z: torch.where(z > 0, torch.ones_like(z), slope),
-    )
+identity = Activation("identity", 1, False, _same, torch.ones_like)
+squared_relu = Activation("squared_relu", 2, False, _squared_relu, _twice_relu)
+square = Activation("square", 2, False, torch.square, _twice)

@@ -1,15 +1,15 @@
-"""TODO."""
+"""Nets with some of their blocks held fixed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from flowsim.layout import Block, Layout, lay_out
-from flowsim.nets.net import Net, Pullback, _confirmed, measure_degree
+from flowsim.nets.net import Net, Pullback, measured_degree
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,12 @@ class Frozen(Net):
     degree: float | None = None
 
     def __post_init__(self) -> None:
-        shapes = {block.name: block.shape for block in self.net.layout}
+        blocks = {block.name: block for block in self.net.layout}
         for name, value in self.values.items():
-            if name not in shapes:
-                raise ValueError(f"Frozen: got block {name!r}, expected one of {list(shapes)}")
-            if not isinstance(value, Tensor) or not torch.isfinite(value).all():
-                raise ValueError(
-                    f"Frozen: got {name} = {value!r}, expected a tensor of finite numbers"
-                )
-            if (
-                tuple(value.shape)[-len(shapes[name]) :] != shapes[name]
-                or value.ndim > len(shapes[name]) + 1
-            ):
-                raise ValueError(
-                    f"Frozen: {name} has shape {tuple(value.shape)}, expected {shapes[name]}, or one such array for "
-                    "each trajectory"
-                )
-        if len(self.values) == len(shapes):
+            if name not in blocks:
+                raise ValueError(f"Frozen: got block {name!r}, expected one of {list(blocks)}")
+            _require_value(blocks[name], value)
+        if len(self.values) == len(blocks):
             raise ValueError("Frozen: every block is frozen, so there is nothing to train")
 
     @cached_property
@@ -52,29 +41,35 @@ class Frozen(Net):
     def kinks(self) -> bool:  # type: ignore[override]
         return self.net.kinks
 
-    def _frozen(self) -> list[tuple[Block, Tensor, bool]]:
-        """The frozen blocks, their values, and whether each trajectory has its own."""
-        blocks = [block for block in self.net.layout if block.name in self.values]
-        return [(b, self.values[b.name], self.values[b.name].ndim > len(b.shape)) for b in blocks]
+    def _value(self, block: Block, w: Tensor) -> Tensor:
+        """The frozen block of each trajectory, flat."""
+        value = self.values[block.name].to(w)
+        if value.ndim == len(block.shape):
+            return value.flatten().expand(len(w), -1)
+        if len(value) != len(w):
+            raise ValueError(
+                f"Frozen: got {len(value)} {block.name} and {len(w)} trajectories, expected one "
+                "for each"
+            )
+        return value.flatten(1)
 
-    def _full(self, w: Tensor, *, frozen: bool = True) -> Tensor:
-        """All the net's weights; the frozen blocks are their values, or zeros for a tangent."""
-        free = {block.name: w[:, block.slice] for block in self.layout}
-        parts = []
-        for block in self.net.layout:
-            if block.name in free:
-                parts.append(free[block.name])
-            elif frozen:
-                value = self.values[block.name].to(w)
-                own = value.ndim > len(block.shape)
-                if own and len(value) != len(w):
-                    raise ValueError(
-                        f"Frozen: got {len(value)} {block.name} and {len(w)} trajectories, expected one for each"
-                    )
-                parts.append(value.flatten(1) if own else value.flatten().expand(w.shape[0], -1))
-            else:
-                parts.append(w.new_zeros(w.shape[0], block.size))
-        return torch.cat(parts, 1)
+    def _full(self, w: Tensor) -> Tensor:
+        """All the net's weights."""
+        parts = {block.name: self._value(block, w) for block in self._frozen}
+        return self._joined(w, parts)
+
+    def _tangent(self, v: Tensor) -> Tensor:
+        """A direction of all the net's weights, in which frozen blocks stay."""
+        parts = {block.name: v.new_zeros(len(v), block.size) for block in self._frozen}
+        return self._joined(v, parts)
+
+    def _joined(self, w: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        parts |= {block.name: w[:, block.slice] for block in self.layout}
+        return torch.cat([parts[block.name] for block in self.net.layout], 1)
+
+    @property
+    def _frozen(self) -> list[Block]:
+        return [block for block in self.net.layout if block.name in self.values]
 
     def _free(self, g: Tensor) -> Tensor:
         return torch.cat([g[:, b.slice] for b in self.net.layout if b.name not in self.values], 1)
@@ -87,15 +82,30 @@ class Frozen(Net):
         return outputs, lambda c: self._free(pull(c))
 
     def pushforward(self, w: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return self.net.pushforward(self._full(w), x, self._full(v, frozen=False))
+        return self.net.pushforward(self._full(w), x, self._tangent(v))
 
     def measured(self, x: Tensor) -> Self:
-        net = self.net.measured(x)
-        values = {block.name: value[0] if own else value for block, value, own in self._frozen()}
-        single = replace(self, net=net, values=values)
-        degree = measure_degree(single, (x[0] if x.ndim == 3 else x)[:8].to(torch.float64))
-        return replace(self, net=net, degree=_confirmed(self.degree, degree))
+        net = replace(self, net=self.net.measured(x))
+        first = net.select(torch.zeros(2, dtype=torch.long))
+        return replace(net, degree=measured_degree(first, x, declared=self.degree))
 
     def select(self, rows: Tensor) -> Self:
-        values = {block.name: value[rows] if own else value for block, value, own in self._frozen()}
+        shared = {block.name: len(block.shape) for block in self._frozen}
+        values = {
+            name: value if value.ndim == shared[name] else value[rows]
+            for name, value in self.values.items()
+        }
         return replace(self, net=self.net.select(rows), values=values)
+
+
+def _require_value(block: Block, value: Any) -> None:
+    if not isinstance(value, Tensor) or not torch.isfinite(value).all():
+        raise ValueError(
+            f"Frozen: got {block.name} = {value!r}, expected a tensor of finite numbers"
+        )
+    shape, axes = tuple(value.shape), len(block.shape)
+    if shape[-axes:] != block.shape or len(shape) > axes + 1:
+        raise ValueError(
+            f"Frozen: {block.name} has shape {shape}, expected {block.shape}, or one such array "
+            "for each trajectory"
+        )

@@ -1,8 +1,9 @@
-"""TODO."""
+"""Nets from functions of named arrays and from torch modules, differentiated by torch."""
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Self
 
 import torch
@@ -10,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
+from flowsim.checks import require_instance, require_whole
 from flowsim.layout import Layout, lay_out
-from flowsim.nets.net import Net, Pullback, _confirmed, measure_degree
+from flowsim.nets.net import Net, Pullback, few_examples, measured_degree
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class FunctionNet(Net):
         out = self.function({block.name: block.of(w) for block in self.layout}, x)
         if out.ndim not in (1, 2) or out.shape[0] != x.shape[0]:
             raise ValueError(
-                f"the net's output has shape {tuple(out.shape)}, expected (N,) or (N, C) with N = {x.shape[0]}"
+                f"the net's output has shape {tuple(out.shape)}, expected (N,) or (N, C) with N = "
+                f"{x.shape[0]}"
             )
         return out[:, None] if out.ndim == 1 else out
 
@@ -43,11 +46,10 @@ class FunctionNet(Net):
         """w (B, P) ↦ outputs (B, N, C) with x bound; x (B, N, d) gives each trajectory its own
         data."""
         own = x.ndim == 3
-        if self.looped:
-            return lambda w: torch.stack(
-                [self._single(row, x[b] if own else x) for b, row in enumerate(w)]
-            )
-        return lambda w: vmap(self._single, in_dims=(0, 0 if own else None))(w, x)
+        if not self.looped:
+            return lambda w: vmap(self._single, in_dims=(0, 0 if own else None))(w, x)
+        data = x if own else repeat(x)
+        return lambda w: torch.stack([self._single(*pair) for pair in zip(w, data, strict=False)])
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         return self._batched(x)(w)
@@ -62,28 +64,27 @@ class FunctionNet(Net):
     def measured(self, x: Tensor) -> Self:
         if self.checked:
             return self
-        rows = (x[0] if x.ndim == 3 else x)[:8].to(torch.float64)
-        net = self._with_working_batch(rows)
-        return replace(net, degree=_confirmed(self.degree, measure_degree(net, rows)), checked=True)
+        net = self._with_working_batch(few_examples(x))
+        return replace(net, degree=measured_degree(net, x, declared=self.degree), checked=True)
 
     def _with_working_batch(self, x: Tensor) -> Self:
         """This net, looping over trajectories where vmap refuses the function; says so in a
         warning."""
+        if self.looped:
+            return self
         w = self.init([0, 1]).to(x)
-        if not self.looped:
-            try:
-                self.outputs(w, x)
-            except RuntimeError as error:
-                looped = replace(self, looped=True)
-                looped.outputs(
-                    w, x
-                )  # an error of the function's own is raised here, without vmap's wrapping
-                warnings.warn(
-                    f"vmap cannot batch this net ({str(error).splitlines()[0]}); trajectories run one by one, "
-                    "which is slower",
-                    stacklevel=2,
-                )
-                return looped
+        try:
+            self.outputs(w, x)
+        except RuntimeError as error:
+            looped = replace(self, looped=True)
+            looped.outputs(w, x)  # raises the function's own errors, without vmap's wrapping
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"vmap cannot batch this net ({reason}); trajectories run one by one, which is "
+                "slower",
+                stacklevel=2,
+            )
+            return looped
         return self
 
 
@@ -92,24 +93,17 @@ def Diagonal(inputs: int, depth: int = 2, *, signed: bool = False) -> FunctionNe
 
     ``β = w1 ∘ … ∘ w_depth`` (blocks w1, w2, …), or with ``signed`` ``β = u^depth − v^depth``
     entrywise (Woodworth et al. 2020), blocks u and v."""
-    if not all(isinstance(n, int) and n > 0 for n in (inputs, depth)):
-        raise ValueError(
-            f"Diagonal: got inputs={inputs}, depth={depth}, expected positive integers"
-        )
-    if signed:
-        return FunctionNet(
-            lambda p, x: x @ (p["u"] ** depth - p["v"] ** depth),
-            lay_out({"u": (inputs,), "v": (inputs,)}),
-            degree=depth,
-            kinks=False,
-        )
-    names = [f"w{l}" for l in range(1, depth + 1)]
-    return FunctionNet(
-        lambda p, x: x @ torch.stack([p[name] for name in names]).prod(0),
-        lay_out(dict.fromkeys(names, (inputs,))),
-        degree=depth,
-        kinks=False,
-    )
+    require_whole("Diagonal", inputs=inputs, depth=depth)
+    names = ["u", "v"] if signed else [f"w{l}" for l in range(1, depth + 1)]
+
+    def difference(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x @ (p["u"] ** depth - p["v"] ** depth)
+
+    def product(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x @ torch.stack([p[name] for name in names]).prod(0)
+
+    layout = lay_out(dict.fromkeys(names, (inputs,)))
+    return FunctionNet(difference if signed else product, layout, degree=depth, kinks=False)
 
 
 _KINKED = (
@@ -133,34 +127,28 @@ def ModuleNet(
     with the measured value. A module is taken to have kinks unless ``smooth=True`` says that it is
     differentiable in its weights. Dropout, buffers and BatchNorm are refused: their forward pass is
     not a function of weights and data."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"ModuleNet: got {type(module).__name__}, expected a torch.nn.Module")
+    require_instance("ModuleNet", nn.Module, "a torch.nn.Module", module=module)
     for name, part in module.named_modules():
-        where = name or type(module).__name__
+        where = f"{name or type(module).__name__} is {type(part).__name__}"
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            raise ValueError(
-                f"ModuleNet: {where} is {type(part).__name__}; expected a deterministic module"
-            )
+            raise ValueError(f"ModuleNet: {where}; expected a deterministic module")
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"ModuleNet: {where} is {type(part).__name__}, which mixes examples and keeps statistics; "
-                "expected a function of one example, try a module without it"
+                f"ModuleNet: {where}, which mixes examples and keeps statistics; expected a "
+                "function of one example, try a module without it"
             )
         if smooth and isinstance(part, _KINKED):
-            raise ValueError(
-                f"ModuleNet: got smooth=True, but {where} is {type(part).__name__}, which has kinks"
-            )
+            raise ValueError(f"ModuleNet: got smooth=True, but {where}, which has kinks")
     for name, _ in module.named_buffers():
         raise ValueError(f"ModuleNet: the module has a buffer, {name!r}; expected parameters only")
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if not shapes:
         raise ValueError("ModuleNet: the module has no parameters, so there is nothing to train")
-    return FunctionNet(
-        lambda params, x: functional_call(module, params, (x,)),
-        lay_out(shapes),
-        degree=degree,
-        kinks=not smooth,
-    )
+
+    def function(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, parameters, (x,))
+
+    return FunctionNet(function, lay_out(shapes), degree=degree, kinks=not smooth)
 
 
 def weights_of(module: nn.Module) -> Float[Tensor, "1 P"]:

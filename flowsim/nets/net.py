@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import require_not_negative
 from flowsim.layout import Layout
 
 Pullback = Callable[[Tensor], Tensor]
@@ -57,11 +58,9 @@ class Net(ABC):
     def jacobian(self, w: Tensor, x: Tensor) -> Float[Tensor, "B N C P"]:
         """J, dense: for small nets and for tests."""
         outputs, pull = self.linearize(w, x)
-        rows = torch.eye(outputs[0].numel(), dtype=w.dtype, device=w.device).reshape(
-            -1, 1, *outputs.shape[1:]
-        )
-        jac = torch.stack([pull(row.expand_as(outputs).contiguous()) for row in rows], 1)
-        return jac.unflatten(1, outputs.shape[1:])
+        units = torch.eye(outputs[0].numel(), dtype=w.dtype, device=w.device)
+        rows = [pull(unit.expand(len(w), -1).reshape_as(outputs)) for unit in units]
+        return torch.stack(rows, 1).unflatten(1, outputs.shape[1:])
 
     def gram(self, w: Tensor, x: Tensor) -> Float[Tensor, "B NC NC"]:
         """JJᵀ, the neural tangent kernel."""
@@ -74,22 +73,26 @@ class Net(ABC):
 
         A seed gives the same row whatever the other seeds are. float64 on the CPU; move it where
         the run should be."""
-        if not (scale >= 0 and scale < float("inf")):
-            raise ValueError(f"init: got scale {scale}, expected a finite number ≥ 0")
-        rows = []
-        for seed in seeds if isinstance(seeds, Iterable) else [seeds]:
-            generator = torch.Generator().manual_seed(int(seed))
-            parts = []
-            for block in self.layout:
-                fan_in = block.size // block.shape[0] if len(block.shape) > 1 else 1
-                draw = torch.randn(block.size, generator=generator, dtype=torch.float64)
-                parts.append(draw * (scale / fan_in**0.5))
-            rows.append(torch.cat(parts))
+        require_not_negative("init", scale=scale)
+        rows = [
+            self._drawn(int(seed), scale)
+            for seed in (seeds if isinstance(seeds, Iterable) else [seeds])
+        ]
         if not rows:
             raise ValueError(
-                "init: got no seeds, expected an integer or a non-empty sequence, try seeds=range(3)"
+                "init: got no seeds, expected an integer or a non-empty sequence, "
+                "try seeds=range(3)"
             )
         return torch.stack(rows)
+
+    def _drawn(self, seed: int, scale: float) -> Float[Tensor, " P"]:
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        for block in self.layout:
+            fan_in = math.prod(block.shape[1:])
+            draw = torch.randn(block.size, generator=generator, dtype=torch.float64)
+            parts.append(draw * (scale / fan_in**0.5))
+        return torch.cat(parts)
 
     def measured(self, x: Tensor) -> Self:
         """This net with its degree of homogeneity known, measured on a few rows of ``x`` where need
@@ -101,11 +104,13 @@ class Net(ABC):
         return self
 
 
-def measure_degree(net: Net, x: Tensor) -> float:
-    """The degree L with f(x; cw) = c^L f(x; w), from random weights and c = ½, 2, 3.
+def measured_degree(net: Net, x: Tensor, *, declared: float | None = None) -> float:
+    """The degree L with f(x; cw) = c^L f(x; w), from random weights, a few rows of x, and c = ½, 2,
+    3.
 
-    Raises ValueError with the measured values where no single L fits to 1e-8, or where repeated
-    calls differ."""
+    Raises ValueError with the measured values where no single L fits to 1e-8, where it is not the
+    ``declared`` one, or where repeated calls differ."""
+    x = few_examples(x)
     w = net.init([11, 12]).to(x)
     f = net.outputs(w, x)
     if not torch.equal(f, net.outputs(w, x)):
@@ -116,28 +121,33 @@ def measure_degree(net: Net, x: Tensor) -> float:
         raise ValueError(
             "the net's outputs are all zero at random weights, so its degree cannot be measured"
         )
-    degrees, misfits = [], []
-    for c in (0.5, 2.0, 3.0):
-        scaled = net.outputs(c * w, x)
-        degree = float(torch.log(scaled.norm() / f.norm())) / math.log(c)
-        degrees.append(degree)
-        misfits.append(float((scaled - c**degree * f).abs().max() / scaled.abs().max()))
-    spread = max(degrees) - min(degrees)
-    if not (spread <= 1e-6 and max(misfits) <= 1e-8):
+    degrees, misfits = zip(
+        *(_fitted(f, net.outputs(c * w, x), c) for c in (0.5, 2, 3)), strict=True
+    )
+    if not (max(degrees) - min(degrees) <= 1e-6 and max(misfits) <= 1e-8):
         raise ValueError(
-            "the net is not positively homogeneous in its weights: scaling them by ½, 2, 3 gives degrees "
-            f"{', '.join(f'{d:.4g}' for d in degrees)}; expected one degree, try a net without biases or "
-            "normalisation"
+            "the net is not positively homogeneous in its weights: scaling them by ½, 2, 3 gives "
+            f"degrees {', '.join(f'{d:.4g}' for d in degrees)}; expected one degree, try a net "
+            "without biases or normalisation"
         )
     mean = sum(degrees) / 3
-    return round(mean) if abs(mean - round(mean)) < 1e-6 else mean
-
-
-def _confirmed(declared: float | None, measured: float) -> float:
-    """The measured degree, which a declared one has to equal."""
-    if declared is not None and abs(measured - declared) > 1e-6:
+    degree = round(mean) if abs(mean - round(mean)) < 1e-6 else mean
+    if declared is not None and abs(degree - declared) > 1e-6:
         raise ValueError(
-            f"the net was declared homogeneous of degree {declared:g}, but its measured degree is {measured:g}; "
-            "leave `degree` out to use the measured one"
+            f"the net was declared homogeneous of degree {declared:g}, but its measured degree is "
+            f"{degree:g}; leave `degree` out to use the measured one"
         )
-    return measured
+    return degree
+
+
+def few_examples(x: Tensor) -> Float[Tensor, "n *d"]:
+    """The first examples of the first data set, in double precision."""
+    shared = x[0] if x.ndim == 3 else x
+    return shared[:8].double()
+
+
+def _fitted(f: Tensor, scaled: Tensor, c: float) -> tuple[float, float]:
+    """The degree that the lengths of the outputs give, and the relative error of f c^degree."""
+    degree = float(torch.log(scaled.norm() / f.norm())) / math.log(c)
+    misfit = (scaled - c**degree * f).abs().max() / scaled.abs().max()
+    return degree, float(misfit)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from flowsim.numerics.batched import dot, eigh, from_svd, svd
 from flowsim.numerics.roots import find_zero
-from flowsim.numerics.scaling import length
+from flowsim.numerics.scaling import lengths
 
 
 class Face(ABC):
@@ -63,7 +63,7 @@ class Face(ABC):
         cost."""
         nearest = self.project(v)
         relative = max(tol, 128 * torch.finfo(v.dtype).eps)
-        return length(v - nearest) <= relative * torch.maximum(length(v), length(nearest))
+        return lengths(v - nearest) <= relative * torch.maximum(lengths(v), lengths(nearest))
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Spectraplex(Face):
         tied = self.top[..., :, None] & self.top[..., None, :]
         w = torch.where(tied, (w + w.mT) / 2, 0.0)
         # tied eigenvalues are at least -|w|, and `onto_simplex` ignores what is 1 below the largest
-        low = torch.where(self.top, 0.0, -2 - 2 * length(w.flatten(-2))[..., None])
+        low = torch.where(self.top, 0.0, -2 - 2 * lengths(w.flatten(-2))[..., None])
         return w + torch.diag_embed(low)
 
 
@@ -303,7 +303,7 @@ def onto_mixture(
         _Ray(face, torch.where(tied[..., l, None], v, 0.0)) for l, (face, v) in enumerate(blocks)
     ]
     few = kept[0].few
-    zero = torch.zeros_like(length(kept[0].v) * tied[..., 0])
+    zero = torch.zeros_like(lengths(kept[0].v) * tied[..., 0])
 
     def radii(mu: Tensor) -> Float[Tensor, "*batch L"]:
         return torch.where(tied, torch.stack([ray.radius(mu, power) for ray in kept], -1), 0.0)
@@ -312,7 +312,7 @@ def onto_mixture(
         return (radii(mu) ** power).sum(-1) - 1
 
     at_zero = torch.stack([ray.slope(zero) for ray in kept], -1)
-    low, high = zero, length(at_zero)
+    low, high = zero, lengths(at_zero)
     if power == 1:
         # at the largest slope(1) one block alone uses up sum r = 1, at the largest slope(0) every r
         # is 0
@@ -346,7 +346,7 @@ class _Ray:
 
     def radius(self, mu: Tensor, power: int) -> Tensor:
         """The r in [0, 1] with slope(r) = mu r^(power - 1), or the nearer end."""
-        noise = self.few * length(self.v) * length(self.face.project(self.v))
+        noise = self.few * lengths(self.v) * lengths(self.face.project(self.v))
         zero = torch.zeros_like(mu)
         return find_zero(
             lambda r: self.slope(r) - mu * r ** (power - 1),

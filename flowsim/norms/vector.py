@@ -14,7 +14,7 @@ from flowsim.norms.faces import Box, Face, Simplex, onto_simplex
 from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import rows_times
 from flowsim.numerics.roots import find_zero
-from flowsim.numerics.scaling import length, nonzero, scaled, unit
+from flowsim.numerics.scaling import lengths, nonzero, scaled, unit
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class L2(Norm):
     quadratic = True
 
     def value(self, v: Tensor) -> Tensor:
-        return length(v)
+        return lengths(v)
 
     def dual(self, g: Tensor) -> Tensor:
-        return length(g)
+        return lengths(g)
 
     def steepest(self, g: Tensor) -> Tensor:
         return unit(g)
@@ -195,10 +195,10 @@ class Mahalanobis(Norm):
         return self
 
     def value(self, v: Tensor) -> Tensor:
-        return length(self._rotate(v) * self._stretch(v))
+        return lengths(self._rotate(v) * self._stretch(v))
 
     def dual(self, g: Tensor) -> Tensor:
-        return length(self._rotate(g) / self._stretch(g))
+        return lengths(self._rotate(g) / self._stretch(g))
 
     def steepest(self, g: Tensor) -> Tensor:
         # Euclidean in the coordinates A^(1/2) v
@@ -212,7 +212,7 @@ class Mahalanobis(Norm):
         def shrunk(lam: Tensor) -> Tensor:
             return u / (1 + lam[..., None] * stretch**2)
 
-        return self._rotate_back(_onto_sphere(shrunk, lambda x: length(stretch * x), self.dual(v)))
+        return self._rotate_back(_onto_sphere(shrunk, lambda x: lengths(stretch * x), self.dual(v)))
 
     def _stretch(self, v: Tensor) -> Float[Tensor, " P"]:
         return self._eigenvalues.to(v).sqrt()

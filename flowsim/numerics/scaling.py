@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def length(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+def lengths(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
     """The Euclidean norm.
 
-    >>> length(torch.tensor([[3.0, 4.0], [3e-30, 4e-30]]))
+    >>> lengths(torch.tensor([[3.0, 4.0], [3e-30, 4e-30]]))
     tensor([5.0000e+00, 5.0000e-30])
     """
     plain = torch.linalg.vector_norm(v, dim=-1)

@@ -480,28 +480,28 @@ REFUSED = {
     ),
     "scale negative": (
         lambda: NET.init(0, -1.0),
-        "init: got scale -1.0, expected a finite number ≥ 0",
+        "init: got scale=-1.0, expected a finite number ≥ 0",
     ),
     "scale nan": (
         lambda: NET.init(0, math.nan),
-        "init: got scale nan, expected a finite number ≥ 0",
+        "init: got scale=nan, expected a finite number ≥ 0",
     ),
     "scale infinite": (
         lambda: NET.init(0, math.inf),
-        "init: got scale inf, expected a finite number ≥ 0",
+        "init: got scale=inf, expected a finite number ≥ 0",
     ),
     "no seeds": (lambda: NET.init([]), "init: got no seeds, expected .*try seeds=range"),
     "diagonal depth zero": (
         lambda: fs.Diagonal(3, 0),
-        "Diagonal: got inputs=3, depth=0, expected positive integers",
+        "Diagonal: got depth=0, expected an integer ≥ 1",
     ),
     "diagonal depth half": (
         lambda: fs.Diagonal(3, 0.5),
-        "Diagonal: got inputs=3, depth=0.5, expected positive",
+        "Diagonal: got depth=0.5, expected an integer",
     ),
     "diagonal without inputs": (
         lambda: fs.Diagonal(0),
-        "Diagonal: got inputs=0, depth=2, expected positive integers",
+        "Diagonal: got inputs=0, expected an integer ≥ 1",
     ),
     "frozen unknown": (
         lambda: fs.Frozen(NET, {"W3": torch.zeros(1)}),
