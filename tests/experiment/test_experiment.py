@@ -10,7 +10,6 @@ import torch
 
 import flowsim as fs
 from flowsim.experiment.experiment import Experiment, slug
-from flowsim.experiment.sections import norm_from_word
 
 BASE = """
 name = "tiny"
@@ -228,13 +227,6 @@ def test_a_flow_that_nothing_can_follow_is_refused(tmp_path):
     text = BASE.replace(FLOW, FLOW.replace("l2", "modular"))
     with pytest.raises(ValueError, match="SmallStep"):
         read(text, tmp_path).run()
-
-
-def test_every_word_for_a_norm_makes_it():
-    layout = fs.MLP([3, 4, 1]).layout
-    words = ["l1", "l2", "linf", "l3", "l1.5", "spectral", "nuclear", "frobenius", "schatten4"]
-    assert [norm_from_word(w, layout).name for w in words] == words
-    assert norm_from_word("modular", layout).name.startswith("max(")
 
 
 def test_file_names_are_plain():

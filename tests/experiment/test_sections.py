@@ -5,7 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 import flowsim as fs
-from flowsim.experiment.sections import AnyRule
+from flowsim.experiment.sections import AnyRule, method_from_word, norm_from_word
 
 NET = fs.MLP([4, 6, 1], activation=fs.squared_relu)
 X, Y = fs.data.gaussian_separable(10, 4, margin=0.5, seed=range(2))
@@ -140,3 +140,16 @@ def test_switches_nest_in_words():
 def test_mistakes_are_refused(section):
     with pytest.raises(ValidationError):
         rule(**section)
+
+
+def test_every_word_for_a_norm_makes_it():
+    words = ["l1", "l2", "linf", "l3", "l1.5", "spectral", "nuclear", "frobenius", "schatten4"]
+    assert [norm_from_word(w, NET.layout).name for w in words] == words
+    assert norm_from_word("modular", NET.layout).name.startswith("max(")
+
+
+def test_every_word_for_a_method_makes_it():
+    assert method_from_word("auto") is None
+    assert method_from_word("dopri5") is fs.DOPRI5
+    assert method_from_word("bosh3") is fs.BOSH3
+    assert method_from_word("torchdiffeq:dopri8") == fs.TorchDiffEq("dopri8")
