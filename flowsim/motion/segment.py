@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.layout import PerTrajectory
+from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.motion.clocks import Target
 from flowsim.numerics.quadrature import hermite, log_elapsed
 
@@ -16,10 +16,10 @@ class Segment:
     """The last natural step, from u = 0 to u = 1: both ends, and derivatives in u. Its dense output
     is `at`."""
 
-    w0: Float[Tensor, "B P"]
-    w1: Float[Tensor, "B P"]
-    slope0: Float[Tensor, "B P"]
-    slope1: Float[Tensor, "B P"]
+    w0: FlatRows
+    w1: FlatRows
+    slope0: FlatRows
+    slope1: FlatRows
     readings0: dict[str, PerTrajectory]
     readings1: dict[str, PerTrajectory]
     lam_slope0: PerTrajectory
@@ -28,12 +28,12 @@ class Segment:
     time_rate1: PerTrajectory
     time_slope0: PerTrajectory | None = None  # its derivative in u; None: linear
     time_slope1: PerTrajectory | None = None
-    bend: Float[Tensor, "B P"] | None = None  # what the cubic through both ends lacks at u = 1/2
+    bend: FlatRows | None = None  # what the cubic through both ends lacks at u = 1/2
     # of kinks, None for rules that do not select them
     multipliers0: Float[Tensor, "B K"] | None = None
     multipliers1: Float[Tensor, "B K"] | None = None
 
-    def at(self, u: PerTrajectory) -> tuple[Float[Tensor, "B P"], dict[str, PerTrajectory]]:
+    def at(self, u: PerTrajectory) -> tuple[FlatRows, dict[str, PerTrajectory]]:
         """Weights and readings inside the step; exact at both ends.
 
         Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of

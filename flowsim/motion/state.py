@@ -8,10 +8,10 @@ from html import escape
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from flowsim.layout import PerTrajectory
+from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.motion.segment import Segment
 from flowsim.problems.objective import Objective
 
@@ -88,7 +88,7 @@ class State:
       lam 0, steps 0
     """
 
-    w: Float[Tensor, "B P"]
+    w: FlatRows
     readings: dict[str, PerTrajectory]
     tallies: dict[str, PerTrajectory]
     status: Int[Tensor, " B"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
-from flowsim.layout import PerTrajectory
+from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.numerics.batched import bmm
 from flowsim.problems.losses import Loss
 
@@ -42,11 +42,11 @@ class Hinges:
 
     z: Float[Tensor, "B K"]
     jump: Float[Tensor, "B K"]
-    base: Float[Tensor, "B P"]
+    base: FlatRows
     combine: Callable[[Tensor], Tensor]
     along: Callable[[Tensor], Tensor]
 
-    def gradient(self, multipliers: Float[Tensor, "B K"]) -> Float[Tensor, "B P"]:
+    def gradient(self, multipliers: Float[Tensor, "B K"]) -> FlatRows:
         return self.base + self.combine(self.jump * multipliers)
 
 
@@ -180,7 +180,7 @@ class TwoLayer:
         own = multipliers.gather(1, index)
         return torch.where(self.coefficient[..., None] > 0, own, 1 - own)
 
-    def at(self, w: Float[Tensor, "B P"]) -> "NetAt":
+    def at(self, w: FlatRows) -> "NetAt":
         """The net and its kinks at these weights. One forward pass."""
         B, m, d = len(w), self.width, self.x.shape[-1]
         first = w[:, : m * d].view(B, m, d)
@@ -222,13 +222,13 @@ class NetAt:
         """The net linearised with these slopes, as the kernels want it."""
         return Tape((self.first, self.last), (self.net.x, self.hidden), (slopes,))
 
-    def gradient(self, slopes: PerPair) -> Float[Tensor, "B P"]:
+    def gradient(self, slopes: PerPair) -> FlatRows:
         """∇Λ with these slopes."""
         first = bmm((self.force * slopes).mT, self.net.x)
         last = bmm(self.cotangent.mT, self.hidden)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
-    def along(self, v: Float[Tensor, "B P"]) -> PerPair:
+    def along(self, v: FlatRows) -> PerPair:
         """How z changes along v: ⟨n, v⟩ for every pair."""
         first = v[:, : self.first[0].numel()].view_as(self.first)
         return bmm(self.net.x, first.mT)
@@ -236,11 +236,11 @@ class NetAt:
     def hinges(self) -> Hinges:
         """All kinks in a row, k = i·m + j."""
 
-        def combine(c: Float[Tensor, "B K"]) -> Float[Tensor, "B P"]:
+        def combine(c: Float[Tensor, "B K"]) -> FlatRows:
             first = bmm(c.view_as(self.z).mT, self.net.x)
             return torch.cat([first.flatten(1), torch.zeros_like(self.last).flatten(1)], 1)
 
-        def along(v: Float[Tensor, "B P"]) -> Float[Tensor, "B K"]:
+        def along(v: FlatRows) -> Float[Tensor, "B K"]:
             return self.along(v).flatten(1)
 
         base = self.gradient(self.slopes(torch.zeros_like(self.z)))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import Layout, PerTrajectory
+from flowsim.layout import FlatRows, Layout, PerTrajectory
 from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
 from flowsim.problems.kinks import Hinges, TwoLayer
@@ -85,31 +85,31 @@ class Problem:
         """N, the number of examples of each trajectory."""
         return self.x.shape[-2]
 
-    def outputs(self, w: Float[Tensor, "B P"]) -> Outputs:
+    def outputs(self, w: FlatRows) -> Outputs:
         """f(x; w) on the data."""
         return self.net.outputs(w, self.x)
 
-    def lam(self, w: Float[Tensor, "B P"]) -> PerTrajectory:
+    def lam(self, w: FlatRows) -> PerTrajectory:
         """Λ = log(1/𝓛), finite where 𝓛 itself underflows."""
         return self.loss.lam(self.outputs(w), self.y)
 
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[PerTrajectory, Float[Tensor, "B P"]]:
+    def ascent(self, w: FlatRows) -> tuple[PerTrajectory, FlatRows]:
         """Λ and h = ∇Λ = −∇𝓛/𝓛."""
         outputs, pull = self.net.linearize(w, self.x)
         lam, cotangent = self.loss.ascent(outputs, self.y)
         return lam, pull(cotangent)
 
-    def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B NC P"]:
+    def curvature(self, w: FlatRows) -> Float[Tensor, "B NC P"]:
         """FᵀJ, with J the Jacobian of the outputs and F the factor of the loss's curvature
         (`Loss.curvature`)."""
         return self.loss.curved(self.outputs(w), self.y, self.net.jacobian(w, self.x))
 
-    def margins(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B N"]:
+    def margins(self, w: FlatRows) -> Float[Tensor, "B N"]:
         """The margin of each example, y f(x) or f_y − max of the others: positive where it is
         classified right."""
         return self.loss.reading.margins(self.outputs(w), self.y)
 
-    def weights(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B M"]:
+    def weights(self, w: FlatRows) -> Float[Tensor, "B M"]:
         """p = |ℓ'| / Σ|ℓ'|, the share of each example (of each pairwise gap, for that loss) in the
         descent."""
         return self.loss.weights(self.outputs(w), self.y)
@@ -131,7 +131,7 @@ class Problem:
         x = self.x if self._own_x else self.x[None]
         return TwoLayer.on(x, self.y, self.loss, net.activation, net.widths[1])
 
-    def hinges(self, w: Float[Tensor, "B P"]) -> Hinges:
+    def hinges(self, w: FlatRows) -> Hinges:
         return self.two_layer(len(w)).at(w).hinges()
 
     def check_weights(self, w: Tensor) -> None:

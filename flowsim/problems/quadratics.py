@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import Layout, PerTrajectory, lay_out
+from flowsim.layout import FlatRows, Layout, PerTrajectory, lay_out
 from flowsim.problems.kinks import Hinges, parallels
 
 
@@ -36,13 +36,13 @@ class _Form(ABC):
         return lay_out({"w": self.shape or (self.size,)})
 
     @abstractmethod
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[PerTrajectory, Float[Tensor, "B P"]]:
+    def ascent(self, w: FlatRows) -> tuple[PerTrajectory, FlatRows]:
         """The level and its gradient."""
 
-    def lam(self, w: Float[Tensor, "B P"]) -> PerTrajectory:
+    def lam(self, w: FlatRows) -> PerTrajectory:
         return self.ascent(w)[0]
 
-    def curvature(self, w: Float[Tensor, "B P"]) -> Float[Tensor, "B P P"]:
+    def curvature(self, w: FlatRows) -> Float[Tensor, "B P P"]:
         return self._square_root.to(w).expand(len(w), -1, -1)
 
     @cached_property
