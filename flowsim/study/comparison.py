@@ -4,6 +4,7 @@ both have come equally far."""
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path as Directory
 from typing import Any, TypeAlias
 
@@ -12,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.diagnostics.margins import Observer, margin
+from flowsim.diagnostics.margins import Observer, classifies, margin
+from flowsim.diagnostics.series import positive
 from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target, at_points
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
@@ -43,7 +45,8 @@ class Comparison:
     ``comparison[label, what, at]`` is how far a run is from the flow, ``(K, B)``. ``at`` says which
     point of the flow a save point is held against:
 
-        "log_time", "lam", "arclength"   where the flow has come to the same t, Λ or s, s being in the norm of each
+        "log_time", "lam", "arclength"   where the flow has come to the same t, Λ or s, s being in
+                                         the norm of each
         "nearest"                        where the flow is nearest in ℓ2
 
     and ``what`` how their distance is measured:
@@ -68,29 +71,27 @@ class Comparison:
         if what in APART:
             return there[f"apart_{what}"]
         ours, theirs = self.runs[label][what], there[what]
-        return np.subtract(
-            ours, theirs, out=np.zeros_like(ours), where=ours != theirs
-        )  # log t = −∞ at the start
+        same = np.zeros_like(ours)  # also log t = −∞ at the start
+        return np.subtract(ours, theirs, out=same, where=ours != theirs)
 
     def _checked(self, key: Any) -> tuple[str, str, str]:
         if not (isinstance(key, tuple) and len(key) == 3):
             raise KeyError(
-                f'comparison: got {key!r}, expected [label, what, at], try ["…", "weights", "log_time"]'
+                f"comparison: got {key!r}, expected [label, what, at], "
+                'try ["…", "weights", "log_time"]'
             )
         label, what, at = key
-        names = [
-            *self._distances(),
-            *(name for name in self.flow.names if not name.startswith("tally_")),
-        ]
-        for value, known in ((label, list(self.runs)), (at, PLACES), (what, names)):
+        for value, known in ((label, self.labels), (at, PLACES), (what, self._measured)):
             if value not in known:
                 raise KeyError(f"comparison: got {value!r}, expected one of {', '.join(known)}")
         return label, what, at
 
-    def _distances(self) -> list[str]:
-        """Those of `APART` that there are: an objective that is no loss has no outputs."""
+    @property
+    def _measured(self) -> list[str]:
+        """Distances, of which an objective that is no loss has none of outputs, and values."""
         some = next(iter(self.matched.values()))["nearest"]
-        return [what for what in APART if f"apart_{what}" in some]
+        distances = [what for what in APART if f"apart_{what}" in some]
+        return distances + [name for name in self.flow.names if not name.startswith("tally_")]
 
     @property
     def labels(self) -> list[str]:
@@ -100,35 +101,30 @@ class Comparison:
         """dΛ/ds, the mean from save to save, of a run and of the flow between the same values of
         Λ."""
         run, there = self.runs[label], self.matched[label]["lam"]
-        pair = []
-        for lam, s in ((run["lam"], run["arclength"]), (there["lam"], there["arclength"])):
-            rise, walked = np.diff(lam, axis=0), np.diff(s, axis=0)
-            pair.append(np.divide(rise, walked, out=np.full_like(rise, np.nan), where=walked > 0))
-        return pair[0], pair[1]
+        return _slope(run["lam"], run["arclength"]), _slope(there["lam"], there["arclength"])
 
     def write(self, path: str | Directory) -> Directory:
         """Write all distances as a CSV file: a row for each run, place, trajectory and save point,
         with the run's readings of the clocks. Returns the path."""
-        measured = [
-            name
-            for name in self.flow.names
-            if not name.startswith("tally_") and self.flow[name].ndim == 2
-        ]
-        names = [*self._distances(), *measured]
+        names = [what for what in self._measured if what in APART or self.flow[what].ndim == 2]
+        header = ["run", "at", "trajectory", "save", *EQUAL, *(f"apart_{name}" for name in names)]
         with Directory(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(
-                ["run", "at", "trajectory", "save", *EQUAL, *(f"apart_{name}" for name in names)]
-            )
-            for label, run in self.runs.items():
-                clocks = np.stack([run[name] for name in EQUAL])
-                for at in PLACES:
-                    far = np.concatenate([clocks, [self[label, name, at] for name in names]])
-                    for b, k in np.ndindex(len(run), far.shape[1]):
-                        writer.writerow(
-                            [label, at, b, k, *(f"{value:.12g}" for value in far[:, k, b])]
-                        )
+            writer.writerow(header)
+            for (label, run), at in product(self.runs.items(), PLACES):
+                clocks = [run[name] for name in EQUAL]
+                apart = [self[label, name, at] for name in names]
+                columns = np.stack(clocks + apart)
+                for b, k in np.ndindex(len(run), columns.shape[1]):
+                    numbers = [f"{value:.12g}" for value in columns[:, k, b]]
+                    writer.writerow([label, at, b, k, *numbers])
         return Directory(path)
+
+
+def _slope(
+    lam: Float[np.ndarray, "K B"], length: Float[np.ndarray, "K B"]
+) -> Float[np.ndarray, "K-1 B"]:
+    return np.diff(lam, axis=0) / positive(np.diff(length, axis=0))
 
 
 def compare(
@@ -161,23 +157,21 @@ def compare(
     options: dict[str, Any] = {"observe": observe, "max_steps": max_steps, "progress": progress}
     runs = {}
     for label, rule in _labelled(rules).items():
-        runs[label] = (
-            rule
-            if isinstance(rule, Trajectory)
-            else simulate(problem, rule, w0, until=until, **options)
-        )
-        _require_weights(label, runs[label], start)
+        run = rule
+        if not isinstance(run, Trajectory):
+            run = simulate(problem, run, w0, until=until, **options)
+        _require_weights(label, run, start)
+        runs[label] = run
     traced = Traced(flow)
     walked = simulate(problem, traced, w0, until=_on_time(until, runs), **options)
     _go_on(problem, traced, walked.final, runs, max_steps)
     path = Path.of(problem, traced)
-    return Comparison(
-        walked, runs, {label: _matched(problem, path, run, observe) for label, run in runs.items()}
-    )
+    matched = {label: _matched(problem, path, run, observe) for label, run in runs.items()}
+    return Comparison(walked, runs, matched)
 
 
 def _margins(problem: Objective, flow: Rule) -> dict[str, Observer]:
-    if not isinstance(problem, Problem) or problem.loss.reading.targets == "values":
+    if not classifies(problem):
         return {}
     own = getattr(flow, "norm", None)
     norms = [L1(), L2(), Linf(), *([own] if isinstance(own, Norm) else [])]
@@ -187,12 +181,12 @@ def _margins(problem: Objective, flow: Rule) -> dict[str, Observer]:
 def _labelled(rules: Rules) -> dict[str, Rule | Trajectory]:
     if isinstance(rules, Mapping):
         return dict(rules)
-    several = list(rules) if isinstance(rules, Sequence) else [rules]
     named: dict[str, Rule | Trajectory] = {}
-    for rule in several:
+    for rule in rules if isinstance(rules, Sequence) else [rules]:
         if rule.label in named:
             raise ValueError(
-                f"compare: got two rules labelled {rule.label!r}, expected different labels, try a mapping"
+                f"compare: got two rules labelled {rule.label!r}, expected different labels, "
+                "try a mapping"
             )
         named[rule.label] = rule
     return named
@@ -201,9 +195,11 @@ def _labelled(rules: Rules) -> dict[str, Rule | Trajectory]:
 def _require_weights(label: str, run: Trajectory, start: Tensor) -> None:
     if run.weights is None:
         raise ValueError(
-            f"compare: {label!r} holds no weights, expected them at each save point; try fewer saves"
+            f"compare: {label!r} holds no weights, expected them at each save point; "
+            "try fewer saves"
         )
-    if not np.array_equal(run.weights[0], start.detach().cpu().double().numpy()):
+    given = start.detach().cpu().double().numpy()
+    if not np.array_equal(run.weights[0], given):
         raise ValueError(
             f"compare: {label!r} begins at other weights than w0, expected one start of all runs"
         )
@@ -224,7 +220,8 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
     points = max(times, key=lambda t: (len(t), t[-1:]))
     if not points:
         raise ValueError(
-            "compare: got runs without a step that all their trajectories take, expected longer ones"
+            "compare: got runs without a step that all their trajectories take, "
+            "expected longer ones"
         )
     return at_points(TIME, points)
 
@@ -260,17 +257,12 @@ def _matched(
     problem: Objective, path: Path, run: Trajectory, observe: Mapping[str, Observer]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The flow's values beside each save point of a run, by the place they are taken at."""
-    weights = torch.from_numpy(run.weights).to(path.steps.w0)
-    found = {}
-    for place in PLACES:
-        if place in EQUAL:
-            state, inside = path.at(
-                EQUAL[place], torch.from_numpy(run[place]).to(path.steps.lam_slope0)
-            )
-        else:
-            state, inside = path.nearest(weights), torch.isfinite(weights).all(-1)
-        found[place] = _values(problem, state, inside, weights, observe)
-    return found
+    weights = torch.from_numpy(run.weights).to(path.steps.w0)  # (K, B, P)
+    points = {"nearest": (path.nearest(weights), torch.isfinite(weights).all(-1))}
+    for place, clock in EQUAL.items():
+        shown = torch.from_numpy(run[place]).to(path.steps.lam_slope0)
+        points[place] = path.at(clock, shown)
+    return {place: _values(problem, *points[place], weights, observe) for place in PLACES}
 
 
 def _values(
@@ -282,25 +274,19 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """Readings, observations and distances ``(K, B, …)`` at the points of ``state``, NaN where not
     ``inside``."""
-    K, B = inside.shape
     several = []
-    for k in range(
-        K
-    ):  # save by save, because an observer may hold data of its own for each trajectory
-        point = state.select(torch.arange(k * B, (k + 1) * B, device=state.w.device))
+    # save by save, because an observer may hold data of its own for each trajectory
+    saves = torch.arange(len(state.w), device=state.w.device).view_as(inside)
+    for rows, w in zip(saves, weights, strict=True):
+        point = state.select(rows)
         with torch.no_grad():
-            values = dict(point.readings) | {
-                name: measure(problem, point) for name, measure in observe.items()
-            }
-            values |= {
-                f"apart_{what}": far for what, far in _apart(problem, weights[k], point.w).items()
-            }
-        several.append({name: value.detach().double() for name, value in values.items()})
+            seen = {name: measure(problem, point) for name, measure in observe.items()}
+            several.append(point.readings | seen | _apart(problem, w, point.w))
     found = {}
     for name in several[0]:
-        value = torch.stack([values[name] for values in several])
-        seen = inside.view(K, B, *[1] * (value.ndim - 2))
-        found[name] = torch.where(seen, value, torch.nan).cpu().numpy()
+        value = torch.stack([values[name].detach().double() for values in several])
+        known = inside.view(*inside.shape, *[1] * (value.ndim - 2))
+        found[name] = torch.where(known, value, torch.nan).cpu().numpy()
     return found
 
 
@@ -310,13 +296,13 @@ def _apart(
     pairs = {"weights": (w, v), "direction": (_unit(w), _unit(v))}
     if isinstance(problem, Problem):
         pairs["outputs"] = (problem.outputs(w).flatten(1), problem.outputs(v).flatten(1))
-    found = {}
-    for what, (a, b) in pairs.items():
-        far = (a - b).norm(dim=-1)
-        found[what] = torch.where(
-            far == 0, far, far / b.norm(dim=-1)
-        )  # 0 where both are at the origin
-    return found
+    return {f"apart_{what}": _relative(a, b) for what, (a, b) in pairs.items()}
+
+
+def _relative(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
+    """‖a − b‖₂/‖b‖₂; 0 where both are at the origin."""
+    apart = (a - b).norm(dim=-1)
+    return torch.where(apart == 0, apart, apart / b.norm(dim=-1))
 
 
 def _unit(w: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import Clock, Target
 from flowsim.motion.rule import Refining, Rule, pending
 from flowsim.motion.segment import Segment
@@ -37,7 +36,7 @@ class Traced:
 
     @property
     def norm(self) -> Any:
-        return self.rule.norm  # type: ignore[attr-defined]
+        return getattr(self.rule, "norm", None)
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         return self.rule.start(problem, w_or_state)
@@ -51,38 +50,36 @@ class Traced:
         return state
 
     def refined(self, problem: Objective, state: State, u: Tensor, point: State) -> State:
-        return (
-            self.rule.refined(problem, state, u, point)
-            if isinstance(self.rule, Refining)
-            else point
-        )
+        if not isinstance(self.rule, Refining):
+            return point
+        return self.rule.refined(problem, state, u, point)
 
     def _keep(self, before: State, state: State) -> None:
         if not bool((state.readings["steps"] > before.readings["steps"]).any()):
             return
-        if state.segment is None and isinstance(self.rule, SteepestFlow):
+        step = state.segment
+        if step is None and isinstance(self.rule, Refining):
             raise ValueError(
-                f"{self.label}: got a method whose steps cannot be read inside, expected one of flowsim's own"
+                f"{self.label}: got a method whose steps cannot be read inside, expected one of "
+                "flowsim's own"
             )
-        if (len(self.steps) + 1) * state.w.numel() > _MOST:
+        taken = len(self.steps)
+        if (taken + 1) * state.w.numel() > _MOST:
             raise ValueError(
-                f"{self.label}: got a path of more than {len(self.steps)} steps, expected at most {_MOST} numbers to "
-                "keep; try fewer trajectories, a shorter run or a looser rtol"
+                f"{self.label}: got a path of more than {taken} steps, expected at most {_MOST} "
+                "numbers to keep; try fewer trajectories, a shorter run or a looser rtol"
             )
-        self.steps.append(_chord(before, state) if state.segment is None else _bare(state.segment))
-
-
-def _bare(segment: Segment) -> Segment:
-    return replace(segment, multipliers0=None, multipliers1=None)
+        if step is None:
+            self.steps.append(_chord(before, state))
+        else:
+            self.steps.append(replace(step, multipliers0=None, multipliers1=None))
 
 
 def _chord(a: State, b: State) -> Segment:
     """The straight step from a to b, walked evenly in all readings."""
-    move, rise, even = (
-        b.w - a.w,
-        b.readings["lam"] - a.readings["lam"],
-        torch.zeros_like(a.step_size),
-    )
+    move = b.w - a.w
+    rise = b.readings["lam"] - a.readings["lam"]
+    even = torch.zeros_like(rise)
     return Segment(a.w, b.w, move, move, a.readings, b.readings, rise, rise, even, even)
 
 
@@ -107,32 +104,31 @@ class Path:
     def at(self, clock: Clock, values: Float[Tensor, "K B"]) -> tuple[State, Bool[Tensor, "K B"]]:
         """Where the clock first shows these values, and which of them it shows: beyond the end it
         is the end."""
-        ends = self.steps.readings1[clock.reading].cummax(0).values
+        ends = self.steps.readings1[clock.reading].cummax(0).values  # (S, B)
         index = torch.searchsorted(ends.T.contiguous(), values.T.contiguous()).T
         inside = index < len(ends)
         step = self._step(index.clamp_max(len(ends) - 1))
-        u = step.locate(Target(clock, torch.where(inside, values, torch.inf).flatten()))
+        reached = torch.where(inside, values, torch.inf)
+        u = step.locate(Target(clock, reached.flatten()))
         return self._state(step, u), inside
 
     def nearest(self, w: Float[Tensor, "K B P"]) -> State:
         """Where the path is nearest to these weights in ℓ2: in one of the two steps that meet in
         the nearest end."""
         ends = torch.cat([self.steps.w0[:1], self.steps.w1])
-        apart = torch.cdist(
-            w.transpose(0, 1), ends.transpose(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        apart = apart.nan_to_num(torch.inf)
+        exact = "donot_use_mm_for_euclid_dist"
+        apart = torch.cdist(w.transpose(0, 1), ends.transpose(0, 1), compute_mode=exact)
+        apart = apart.nan_to_num(torch.inf).transpose(0, 1)  # (K, B, S + 1)
         # a trajectory that rests while others move repeats its end: one step leads to the first,
         # one leaves the last
-        first, last = apart.argmin(-1).T, apart.shape[-1] - 1 - apart.flip(-1).argmin(-1).T
-        before = self._step((first - 1).clamp_min(0))
-        after = self._step(last.clamp_max(len(ends) - 2))
-        (u0, far0), (u1, far1) = (_closest(step, w.flatten(0, 1)) for step in (before, after))
-        sooner = far0 <= far1
-        step = tree_map(
-            lambda a, b: torch.where(sooner.view(-1, *[1] * (a.ndim - 1)), a, b), before, after
-        )
-        return self._state(step, torch.where(sooner, u0, u1))
+        first = apart.argmin(-1)
+        last = len(ends) - 1 - apart.flip(-1).argmin(-1)
+        near = w.flatten(0, 1)
+        before = _closest(self._step((first - 1).clamp_min(0)), near)
+        after = _closest(self._step(last.clamp_max(len(ends) - 2)), near)
+        chosen = before.distance <= after.distance  # (K·B,)
+        nearest = tree_map(lambda a, b: torch.where(_column(chosen, a), a, b), before, after)
+        return self._state(nearest.step, nearest.u)
 
     def _step(self, index: Tensor) -> Segment:
         """The steps of this ``index (K, B)``, one for each row of a batch of K·B."""
@@ -141,37 +137,45 @@ class Path:
 
     def _state(self, step: Segment, u: Tensor) -> State:
         w, readings = step.at(u)
-        readings["lam"] = torch.where(
-            u < 1, self.problem_of(len(u)).lam(w).double(), readings["lam"]
-        )
-        none = torch.full_like(u, torch.nan)
-        return State(
-            w, readings, {}, torch.zeros_like(u, dtype=torch.long), step_size=none, memory={}
-        )
+        lam = self.problem_of(len(u)).lam(w).double()
+        readings["lam"] = torch.where(u < 1, lam, readings["lam"])
+        status = torch.zeros_like(u, dtype=torch.long)
+        return State(w, readings, {}, status, step_size=u * torch.nan, memory={})
 
     def problem_of(self, rows: int) -> Objective:
         """The objective of the K·B trajectories of a reading."""
-        width = self.steps.w0.shape[1]
-        return self.problem.select(
-            torch.arange(width, device=self.steps.w0.device).repeat(rows // width)
-        )
+        columns = torch.arange(self.steps.w0.shape[1], device=self.steps.w0.device)
+        return self.problem.select(columns.repeat(rows // len(columns)))
 
 
-def _closest(
-    step: Segment, w: Float[Tensor, "R P"]
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Where each step is nearest to w, and its distance there, by golden section."""
+def _column(chosen: Bool[Tensor, " R"], like: Tensor) -> Tensor:
+    return chosen.view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    """Places ``u (R,)`` inside steps, and how far they are from what was looked for."""
+
+    step: Segment
+    u: Float[Tensor, " R"]
+    distance: Float[Tensor, " R"]
+
+
+def _closest(step: Segment, w: Float[Tensor, "R P"]) -> _Nearest:
+    """Where each step is nearest to w, by golden section."""
     plain = replace(step, readings0={}, readings1={})
 
     def distance(u: Tensor) -> Tensor:
         return (plain.at(u)[0] - w).norm(dim=-1).double()
 
-    low, high = torch.zeros_like(step.lam_slope0), torch.ones_like(step.lam_slope0)
+    start = torch.zeros_like(step.lam_slope0)
+    low, high = start, start + 1
     for _ in range(45):
-        a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        width = _GOLDEN * (high - low)
+        a, b = high - width, low + width
         left = distance(a) <= distance(b)
         low, high = torch.where(left, low, a), torch.where(left, b, high)
-    u = torch.stack([torch.zeros_like(low), 0.5 * (low + high), torch.ones_like(low)])
-    far = torch.stack([distance(row) for row in u])
-    best = far.nan_to_num(torch.inf).argmin(0, keepdim=True)
-    return u.gather(0, best)[0], far.gather(0, best)[0]
+    u = torch.stack([start, 0.5 * (low + high), start + 1])
+    apart = torch.stack([distance(row) for row in u])
+    best = apart.nan_to_num(torch.inf).argmin(0, keepdim=True)
+    return _Nearest(step, u.gather(0, best)[0], apart.gather(0, best)[0])
