@@ -46,9 +46,8 @@ class BranchFan:
     @property
     def releases(self) -> Float[np.ndarray, "F B"]:
         """Releases in the whole run; those beyond the first k took the nearer side."""
-        return np.stack(
-            [run.final.tallies["releases"].cpu().numpy() for run in self.branches.values()]
-        )
+        finals = [run.final for run in self.branches.values()]
+        return np.stack([final.tallies["releases"].cpu().numpy() for final in finals])
 
     def spread(self, name: str) -> Float[np.ndarray, "K B *shape"]:
         """Largest less smallest of a value over the branches, at each save; NaN where a branch has
@@ -64,7 +63,8 @@ class BranchFan:
         kept = [run.weights for run in self.branches.values() if run.weights is not None]
         if len(kept) < len(self):
             raise ValueError(
-                "weights_spread: the runs hold no weights, expected them at each save; try fewer saves"
+                "weights_spread: the runs hold no weights, expected them at each save; "
+                "try fewer saves"
             )
         size = np.linalg.norm(kept[0], axis=-1)
         apart = [np.linalg.norm(a - b, axis=-1) for i, a in enumerate(kept) for b in kept[:i]]
@@ -91,16 +91,15 @@ def branch_fan(
 
     Whether a pair stays on the side that it was given is up to the flow: where others of its neuron
     push it back, two branches are one."""
-    if not (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= 10):
+    if type(k) is not int or not 0 <= k <= 10:
         raise ValueError(
             f"branch_fan: got k={k!r}, expected a whole number from 0 to 10: there are 2^k branches"
         )
     method = _releasing(flow, problem)
     observe = {"margin": margin(flow.norm)} if observe is None else observe
     if isinstance(w0, State):
-        w0 = replace(
-            w0, tallies={name: tally for name, tally in w0.tallies.items() if name != "releases"}
-        )
+        others = {name: tally for name, tally in w0.tallies.items() if name != "releases"}
+        w0 = replace(w0, tallies=others)
     branches: dict[Sides, Trajectory] = {}
     for sides in product((0, 1), repeat=k):
         if any(sides[: len(known)] == known for known in branches):
@@ -117,7 +116,7 @@ def _releasing(flow: SteepestFlow, problem: Problem) -> Method:
     method = flow.method or suited(flow.norm.bind(problem.layout), problem)
     if not hasattr(method, "sides"):
         raise ValueError(
-            f"branch_fan: got the method {method!r}, which releases no kinks, expected one with sides such as "
-            "flowsim.KinkImplicit()"
+            f"branch_fan: got the method {method!r}, which releases no kinks, "
+            "expected one with sides such as flowsim.KinkImplicit()"
         )
     return method

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, classifies, margin
 from flowsim.diagnostics.series import positive
-from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, SavePlan, Target, at_points
+from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, Clock, SavePlan, Target, at_points
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
@@ -240,17 +240,18 @@ def _go_on(
     aside."""
     begun = state.attempts
     for clock in EQUAL.values():
-        goal = torch.full_like(state.step_size, -torch.inf)
-        for run in runs.values():
-            shown = run.final.readings[clock.reading].to(goal)
-            goal = torch.maximum(
-                goal, torch.where(run.final.status == Status.NONFINITE, -torch.inf, shown)
-            )
+        shown = [_come_to(run.final, clock).to(state.step_size) for run in runs.values()]
+        goal = Target(clock, torch.stack(shown).amax(0))
         state = traced.start(problem, state)
         left = max_steps - int((state.attempts - begun).max())
-        until = Target(clock, goal)
-        if left > 0 and bool(pending(state, until).any()):
-            state = traced.advance(problem, state, until, left)
+        if left > 0 and bool(pending(state, goal).any()):
+            state = traced.advance(problem, state, goal, left)
+
+
+def _come_to(final: State, clock: Clock) -> Float[Tensor, " B"]:
+    """What the clock shows at the end, −∞ for a trajectory that has failed."""
+    failed = final.status == Status.NONFINITE
+    return torch.where(failed, -torch.inf, final.readings[clock.reading])
 
 
 def _matched(

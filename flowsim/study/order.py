@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer
+from flowsim.diagnostics.series import positive
 from flowsim.motion.clocks import SavePlan
 from flowsim.motion.rule import Rule
 from flowsim.motion.state import State
@@ -33,7 +34,8 @@ class Order:
     coverage: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}, {self.coverage:.1%} interval of the median)"
+        interval = f"{self.low:.3f} to {self.high:.3f}"
+        return f"{self.median:.3f} ({interval}, {self.coverage:.1%} interval of the median)"
 
     @staticmethod
     def of(each: Float[np.ndarray, " B"], confidence: float = 0.95) -> "Order":
@@ -46,9 +48,8 @@ class Order:
             return Order(each, math.nan, math.nan, math.nan, 0.0)
         below = np.cumsum([math.comb(n, k) for k in range(n)]) / 2.0**n
         k = max((k for k in range((n + 1) // 2) if 1 - 2 * below[k] >= confidence), default=0)
-        return Order(
-            each, float(np.median(known)), known[k], known[n - 1 - k], max(0.0, 1 - 2 * below[k])
-        )
+        coverage = max(0.0, 1 - 2 * below[k])
+        return Order(each, float(np.median(known)), known[k], known[n - 1 - k], coverage)
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,13 @@ class OrderStudy:
     def distances(self, what: str = "weights", at: str = "log_time") -> Float[np.ndarray, "R B"]:
         """The largest distance of each run over its save points, as `Comparison` measures it; NaN
         for a run that has stopped."""
-        far = [np.abs(self.comparison[label, what, at]) for label in self.comparison.labels]
-        return np.stack([d.reshape(*d.shape[:2], -1).max((0, 2)) for d in far])
+        apart = [np.abs(self.comparison[label, what, at]) for label in self.comparison.labels]
+        return np.stack([d.reshape(*d.shape[:2], -1).max((0, 2)) for d in apart])
 
     def order(self, what: str = "weights", at: str = "log_time") -> Order:
         """p of a least-squares line log distance = p log η + c through the ladder, for each
         trajectory."""
-        far = self.distances(what, at)
-        y = np.log(np.where(far > 0, far, np.nan))
+        y = np.log(positive(self.distances(what, at)))
         x = np.log(self.ladder) - np.mean(np.log(self.ladder))
         return Order.of(x @ (y - y.mean(0)) / (x @ x))
 
@@ -97,12 +97,14 @@ def order_study(
     ladder = tuple(float(lr) for lr in ladder)
     if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
         raise ValueError(
-            f"order_study: got ladder={ladder}, expected at least three falling rates, try (0.1, 0.05, 0.025)"
+            f"order_study: got ladder={ladder}, expected at least three falling rates, "
+            "try (0.1, 0.05, 0.025)"
         )
     rules = {f"η = {lr:g}": method(lr) for lr in ladder}
     if len(rules) < len(ladder):
         raise ValueError(
-            f"order_study: got ladder={ladder}, expected learning rates that differ by more than 1e-6"
+            f"order_study: got ladder={ladder}, expected learning rates that differ by more than "
+            "1e-6"
         )
     reference = method(ladder[-1] / _FINER) if flow is None else flow
     found = compare(

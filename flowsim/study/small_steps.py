@@ -23,14 +23,14 @@ from torch import Tensor
 
 from flowsim.descent.small_step import SmallStep
 from flowsim.descent.steepest import SteepestDescent
-from flowsim.diagnostics.margins import Observer, margin
+from flowsim.diagnostics.margins import Observer, classifies, margin
+from flowsim.diagnostics.series import positive
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
 from flowsim.motion.rule import pending
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
-from flowsim.problems.problem import Problem
 from flowsim.run.events import Event
 from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
@@ -77,14 +77,14 @@ class SmallStepLimit:
         saves."""
         value = self[name]
         value = value.reshape(*value.shape[:3], -1)
+        change = np.linalg.norm(np.diff(value, axis=0), axis=-1)
         scale = np.nanmax(np.linalg.norm(value, axis=-1), axis=(0, 1))
-        return np.linalg.norm(np.diff(value, axis=0), axis=-1) / np.where(scale > 0, scale, 1.0)
+        return change / np.where(scale > 0, scale, 1.0)
 
     def order(self, name: str) -> Float[np.ndarray, "R-2 K B"]:
         """p, where a difference falls like the step to the p; NaN where nothing differs."""
-        d = self.differences(name)
-        d = np.where(d > 0, d, np.nan)
-        shrink = np.log([a / b for a, b in pairwise(self.ladder)])[1:]
+        d = positive(self.differences(name))
+        shrink = -np.diff(np.log(self.ladder))[1:]
         return np.log(d[:-1] / d[1:]) / shrink[:, None, None]
 
     def error(self, name: str) -> Float[np.ndarray, "K B"]:
@@ -106,27 +106,23 @@ class SmallStepLimit:
     def _verdict(self, b: int, name: str, tol: float) -> str:
         if self.stalled[b]:
             return self._stall(b)
-        value, error, last = (
-            self[name][-1, -1, b],
-            self.error(name)[:, b],
-            self.differences(name)[-1, :, b],
-        )
+        value = self[name][-1, -1, b]
+        error = self.error(name)[:, b]
+        last = self.differences(name)[-1, :, b]
         if not np.isfinite(error).all():
             stops = ", ".join(run.statuses[b].name for run in self.runs)
-            return f"not reached: the runs stopped with {stops}, the finest at level {self._level(b):.4g}"
+            level = self._level(b)
+            return f"not reached: the runs stopped with {stops}, the finest at level {level:.4g}"
         if error.max() > tol:
             return (
-                f"not converged: the two finest runs differ by {last.max():.1%} in {name}, the finest is off by an "
-                f"estimated {error.max():.1%}"
+                f"not converged: the two finest runs differ by {last.max():.1%} in {name}, "
+                f"the finest is off by an estimated {error.max():.1%}"
             )
         where = f"{name} {value:.4g}" if value.ndim == 0 else name
         order = self.order(name)[-1, last.argmax(), b]
-        falls = (
-            f"differences fall with order {order:.1f}"
-            if order >= 0.5
-            else "differences no longer fall"
-        )
-        return f"converged: {where} with an estimated error of {error.max():.1%}; {falls}"
+        falls = f"fall with order {order:.1f}" if order >= 0.5 else "no longer fall"
+        estimate = f"{where} with an estimated error of {error.max():.1%}"
+        return f"converged: {estimate}; differences {falls}"
 
     def _stall(self, b: int) -> str:
         at, slope = f"level {self._level(b):.4g}", self.slope[b]
@@ -154,7 +150,7 @@ def small_step_limit(
     """What small-step steepest descent tends to as its steps shrink: `SmallStep` with each step of
     ``ladder``, from one start to one end, with a report of convergence.
 
-    A step h predicts the gain ``dlam`` = h in Λ and moves no weight by more than ``relative`` = h
+    A step η predicts the gain ``dlam`` = η in Λ and moves no weight by more than ``relative`` = η
     of the largest. On smooth fields, and in ℓ2, the limit is the steepest flow. On nets with kinks
     in ℓ1, ℓ∞ or spectral norms it is another object, Filippov's mean of directions, or none; see
     the module. Where branches or chatter of many kinks scatter the weights, margins may settle long
@@ -164,21 +160,20 @@ def small_step_limit(
     most ``max_steps`` steps and coarser ones in proportion to their steps, so that all may go
     equally far; ``options`` are those of `simulate`. A run that gains next to nothing of what its
     steps predict is watched for a while longer, to tell a stall from slow progress."""
-    ladder = tuple(float(h) for h in ladder)
+    ladder = tuple(float(step) for step in ladder)
     if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
         raise ValueError(
-            f"small_step_limit: got ladder={ladder}, expected at least three falling steps, try (0.1, 0.05, 0.025)"
+            f"small_step_limit: got ladder={ladder}, expected at least three falling steps, "
+            "try (0.1, 0.05, 0.025)"
         )
     if observe is None:
-        classifies = isinstance(problem, Problem) and problem.loss.reading.targets != "values"
-        observe = {"margin": margin(norm)} if classifies else {}
+        observe = {"margin": margin(norm)} if classifies(problem) else {}
+    options |= {"until": until, "observe": observe}
     runs = []
-    for h in ladder:
-        most = math.ceil(max_steps * ladder[-1] / h)
-        rule = SmallStep(norm, dlam=h, relative=h)
-        runs.append(
-            simulate(problem, rule, w0, until=until, observe=observe, max_steps=most, **options)
-        )
+    for step in ladder:
+        most = math.ceil(max_steps * ladder[-1] / step)
+        rule = SmallStep(norm, dlam=step, relative=step)
+        runs.append(simulate(problem, rule, w0, max_steps=most, **options))
     return SmallStepLimit(ladder, tuple(runs), *_stalls(problem, norm, runs[-1], ladder[-1]))
 
 
@@ -197,18 +192,20 @@ def gain_ratio(
     """
     norm = flow.norm.bind(problem.layout)
     start = flow.start(problem.like(w0.w if isinstance(w0, State) else w0), w0)
-    start = replace(
-        start, readings=start.readings | {"arclength": torch.zeros_like(start.step_size)}
-    )
-    away = {"away": lambda problem, state: norm.value(state.w - start.w)}
-    walked = simulate(problem, flow, start, until=arclength([length]), observe=away)
+    nowhere = {"arclength": torch.zeros_like(start.step_size)}
+    start = replace(start, readings=start.readings | nowhere)
+
+    def away(problem: Objective, state: State) -> Tensor:
+        return norm.value(state.w - start.w)
+
+    walked = simulate(problem, flow, start, until=arclength([length]), observe={"away": away})
     net = torch.from_numpy(walked["away"][-1]).to(start.w)
-    there = Event(lambda problem, state: norm.value(state.w - start.w) / net, 1.0, stop=True)
+    there = Event(lambda problem, state: away(problem, state) / net, 1.0, stop=True)
     rule = SteepestDescent(flow.norm, length / tiny, normalized=True)
     stepped = simulate(problem, rule, start.w, until=steps([10 * tiny]), events={"there": there})
     found = stepped.events["there"]
-    risen = (found["lam"] - stepped["lam"][0]) / found["value"]
-    return torch.from_numpy((walked["lam"][-1] - walked["lam"][0]) / risen)
+    gained = (found["lam"] - stepped["lam"][0]) / found["value"]
+    return torch.from_numpy((walked["lam"][-1] - walked["lam"][0]) / gained)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,21 +214,18 @@ def gain_ratio(
 
 
 def _stalls(
-    problem: Objective, norm: Norm, run: Trajectory, h: float
+    problem: Objective, norm: Norm, run: Trajectory, step: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which trajectories of the finest run stall, and the slope of the steepest flow where they
     do."""
     stalled, slope = _efficiency(run) < 0.1, np.full(len(run), np.nan)
     if stalled.any():
         problem = problem.like(run.final.w)
-        first, last, crossed = _watched(problem, SmallStep(norm, dlam=h, relative=h), run.final)
-        gained, predicted, walked = (
-            last.readings[name] - first.readings[name]
-            for name in ("lam", "dissipated", "arclength")
-        )
-        stalled &= (gained < _IDLE * predicted).cpu().numpy()
+        rule = SmallStep(norm, dlam=step, relative=step)
+        end, more, crossed = _watched(problem, rule, run.final)
+        stalled &= (more["lam"] < _IDLE * more["dissipated"]).cpu().numpy()
         if stalled.any() and crossed is not None:
-            ahead = _slope_ahead(problem, norm, last.w, crossed, walked / _WATCHED)
+            ahead = _slope_ahead(problem, norm, end.w, crossed, more["arclength"] / _WATCHED)
             slope[stalled] = ahead.cpu().numpy()[stalled]
     return stalled, slope
 
@@ -241,17 +235,18 @@ def _efficiency(run: Trajectory) -> Float[np.ndarray, " B"]:
     end."""
     done = [status is Status.DONE for status in run.statuses]
     last = np.isfinite(run["lam"]).sum(0) - 1 - done, np.arange(len(run))
-    rise, predicted = (
-        run.final.readings[name].cpu().numpy() - run[name][last] for name in ("lam", "dissipated")
-    )
-    return rise / np.where(predicted > 0, predicted, np.nan)
+    end = {name: reading.cpu().numpy() for name, reading in run.final.readings.items()}
+    gained, predicted = (end[name] - run[name][last] for name in ("lam", "dissipated"))
+    return gained / positive(predicted)
 
 
 def _watched(
     problem: Objective, rule: SmallStep, state: State
-) -> tuple[State, State, Bool[Tensor, "B K"] | None]:
-    """Some more steps: where they begin and end, and which kinks they cross (None if not known)."""
-    first = state = rule.start(problem, state)
+) -> tuple[State, dict[str, Tensor], Bool[Tensor, "B K"] | None]:
+    """Some more steps: where they end, what they add to the readings, and which kinks they cross
+    (None if not known)."""
+    state = rule.start(problem, state)
+    before = state.readings
     until = Target(STEPS, state.readings["steps"] + _WATCHED)
     side = _sides(problem, state.w)
     crossed = None if side is None else torch.zeros_like(side)
@@ -260,7 +255,8 @@ def _watched(
         if crossed is not None:
             after = _sides(problem, state.w)
             crossed, side = crossed | (after != side), after
-    return first, state, crossed
+    more = {name: state.readings[name] - before[name] for name in before}
+    return state, more, crossed
 
 
 def _sides(problem: Objective, w: Tensor) -> Bool[Tensor, "B K"] | None:
@@ -282,9 +278,10 @@ def _slope_ahead(
 ) -> Float[Tensor, " B"]:
     """The slope of the steepest flow at w, taken to be on the crossed kinks; zero if straight on by
     ``length``, one step, Λ does not rise by half of what the slope says."""
-    multipliers = (
-        torch.where(crossed, 0.5, (problem.hinges(w).z > 0).to(w)) if problem.kinks else None
-    )
+    multipliers = None
+    if problem.kinks:
+        multipliers = torch.where(crossed, 0.5, (problem.hinges(w).z > 0).to(w))
     flow = select(problem, norm, w, multipliers)
-    rise = problem.lam(w + length.to(w)[:, None] * flow.direction) - problem.lam(w)
-    return torch.where(rise > 0.5 * length * flow.dual, flow.dual, 0.0)
+    ahead = w + length.to(w)[:, None] * flow.direction
+    gained = problem.lam(ahead) - problem.lam(w)
+    return torch.where(gained > 0.5 * length * flow.dual, flow.dual, 0.0)
