@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -98,8 +99,8 @@ def branch_fan(
     method = _releasing(flow, problem)
     observe = {"margin": margin(flow.norm)} if observe is None else observe
     if isinstance(w0, State):
-        others = {name: tally for name, tally in w0.tallies.items() if name != "releases"}
-        w0 = replace(w0, tallies=others)
+        none = torch.zeros_like(w0.step_size)
+        w0 = replace(w0, tallies=w0.tallies | {"releases": none})
     branches: dict[Sides, Trajectory] = {}
     for sides in product((0, 1), repeat=k):
         if any(sides[: len(known)] == known for known in branches):
