@@ -1,16 +1,15 @@
 """Events: where along its way a trajectory first reaches a level of some measurement, and states
 inside a step."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from flowsim.checks import require_callable, require_finite, require_flag
 from flowsim.motion.clocks import Clock
 from flowsim.motion.state import READINGS, State
 from flowsim.problems.objective import Objective
@@ -48,30 +47,39 @@ class Event:
     stop: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.measure):
-            raise TypeError(
-                f"Event: got measure {self.measure!r}, expected a function of (problem, state), "
-                "try flowsim.diagnostics.accuracy"
-            )
-        if (
-            isinstance(self.level, bool)
-            or not isinstance(self.level, Real)
-            or not math.isfinite(self.level)
-        ):
-            raise ValueError(f"Event: got level={self.level!r}, expected a finite number, try 1.0")
-        for name, value in (("falling", self.falling), ("stop", self.stop)):
-            if not isinstance(value, bool):
-                raise TypeError(f"Event: got {name}={value!r}, expected True or False")
+        expected = "a function of (problem, state), try flowsim.diagnostics.accuracy"
+        require_callable("Event", expected, measure=self.measure)
+        require_finite("Event", level=self.level)
+        require_flag("Event", falling=self.falling, stop=self.stop)
 
     @property
     def sentence(self) -> str:
         """The event in words."""
-        name = (
-            self.name or getattr(self.measure, "__qualname__", "measure").partition(".<locals>")[0]
-        )
-        return f"{name} {'≤' if self.falling else '≥'} {self.level:g}" + (
-            ", then stop" if self.stop else ""
-        )
+        made = getattr(self.measure, "__qualname__", "measure").partition(".<locals>")[0]
+        sign, end = "≤" if self.falling else "≥", ", then stop" if self.stop else ""
+        return f"{self.name or made} {sign} {self.level:g}{end}"
+
+    def reached(self, problem: Objective, state: State, who: str) -> Bool[Tensor, " B"]:
+        """Where the measure has reached the level; ``who`` asks, for errors."""
+        value = self.value(problem, state, who)
+        return value <= self.level if self.falling else value >= self.level
+
+    def value(self, problem: Objective, state: State, who: str) -> Float[Tensor, " B"]:
+        """What is measured."""
+        with torch.no_grad():
+            value = self.measure(problem, state)
+        if not isinstance(value, Tensor) or value.shape != state.status.shape:
+            raise ValueError(
+                f"{who}: its measure returned {shape_of(value)}, expected a tensor of shape "
+                f"({len(state.w)},), one number for each trajectory; try a reduction such as "
+                ".amin(-1)"
+            )
+        return value.detach().double()
+
+
+def shape_of(value: Any) -> str:
+    """What an observer has returned, in words."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def inside(problem: Objective, state: State, u: Float[Tensor, " B"]) -> State:
@@ -81,14 +89,9 @@ def inside(problem: Objective, state: State, u: Float[Tensor, " B"]) -> State:
         return state
     w, readings = state.segment.at(u)
     readings["lam"] = torch.where(u < 1, problem.lam(w).double(), readings["lam"])
-    return replace(
-        state,
-        w=w,
-        readings=readings,
-        multipliers=state.segment.multipliers(u),
-        memory={},
-        segment=None,
-    )
+    multipliers = state.segment.multipliers(u)
+    moved = replace(state, w=w, readings=readings, multipliers=multipliers)
+    return replace(moved, memory={}, segment=None)
 
 
 class Watch:
@@ -140,34 +143,19 @@ class Watch:
         self, name: str, state: State, u: Float[Tensor, " B"], new: Bool[Tensor, " B"]
     ) -> None:
         point = self._inside(state, u)
-        here = point.readings | {"value": self._value(name, point)}
-        self.found[name] = {
-            key: torch.where(new, here[key], old) for key, old in self.found[name].items()
+        here = point.readings | {
+            "value": self.events[name].value(self.problem, point, f"event {name!r}")
         }
+        found = self.found[name].items()
+        self.found[name] = {key: torch.where(new, here[key], old) for key, old in found}
 
     def _reached(self, name: str, state: State) -> Bool[Tensor, " B"]:
-        event, value = self.events[name], self._value(name, state)
-        return value <= event.level if event.falling else value >= event.level
-
-    def _value(self, name: str, state: State) -> Float[Tensor, " B"]:
-        with torch.no_grad():
-            value = self.events[name].measure(self.problem, state)
-        if not isinstance(value, Tensor) or value.shape != self.limit.shape:
-            got = (
-                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            )
-            raise ValueError(
-                f"event {name!r}: its measure returned {got}, expected a tensor of shape ({len(self.limit)},), one "
-                "number for each trajectory; try a reduction such as .amin(-1)"
-            )
-        return value.detach().double()
+        return self.events[name].reached(self.problem, state, f"event {name!r}")
 
 
 def _shown(state: State, clock: Clock, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """What the clock shows at u, as saves are located: on the interpolant."""
     end = state.readings[clock.reading]
-    return (
-        end
-        if state.segment is None
-        else torch.where(u < 1, state.segment.reading(clock.reading, u), end)
-    )
+    if state.segment is None:
+        return end
+    return torch.where(u < 1, state.segment.reading(clock.reading, u), end)

@@ -1,22 +1,26 @@
 """The one loop: advance a rule, read saves off its steps, observe, checkpoint, and stop for a
 stated reason."""
 
+import math
 import time as wallclock
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import require_instance, require_whole
 from flowsim.diagnostics.certificate import certify, witness
 from flowsim.diagnostics.margins import Observer
-from flowsim.motion.clocks import Clock, SavePlan, Target
+from flowsim.motion.clocks import SavePlan, Target
 from flowsim.motion.rule import Refining, Rule
 from flowsim.motion.state import READINGS, State, Status
 from flowsim.problems.objective import Objective
-from flowsim.run.events import Event, Watch, inside
+from flowsim.run.events import Event, Watch, inside, shape_of
 from flowsim.run.provenance import describe
 from flowsim.run.trajectory import Trajectory, save_state
 
@@ -68,41 +72,35 @@ def simulate(
     Trajectory. With a ``directory``, the state is written there every ``checkpoint_seconds``, and
     the Trajectory at the end."""
     _check_options(until, observe, events, max_steps)
+    events, began = events or {}, wallclock.monotonic()
     weights = w0.w if isinstance(w0, State) else w0
     problem.check_weights(weights)
     problem = problem.like(weights)
-    began = wallclock.monotonic()
     state = rule.start(problem, w0)
-    begun_with = state.attempts
-    recorder = _Recorder(problem, rule, until, state, dict(observe or {}), witness(problem, rule))
-    watch = Watch(problem, dict(events or {}), state, until.clock)
-    last_checkpoint, calls = began, 0
+    recorder = _Recorder(problem, rule, until, state, observe or {})
+    watch = Watch(problem, events, state, until.clock)
+    allowance = _Allowance(max_steps, 1 if events else _CHUNK, state.attempts)
+    checkpoint = _Checkpoint(directory, checkpoint_seconds, began)
     with _bar(progress, rule, recorder) as bar:
         try:
             while True:
                 state = recorder.sample(state, watch.limit)
                 bar.update(recorder.progress() - bar.n)
-                # a call takes at least one step, so calls end the loop even where a rule does not
-                # count
-                left = max_steps - (state.attempts - begun_with).clamp_min(calls)
-                state = state.stopped(left <= 0, Status.MAX_STEPS)
-                if not bool(state.running.any()):
+                state, budget = allowance.next(state)
+                if budget == 0:
                     break
-                budget = 1 if events else min(_CHUNK, int(left[state.running].min()))
-                state, calls = rule.advance(problem, state, recorder.target(), budget), calls + 1
+                state = rule.advance(problem, state, recorder.target(), budget)
                 watch.look(state)
-                if (
-                    directory is not None
-                    and wallclock.monotonic() - last_checkpoint > checkpoint_seconds
-                ):
-                    save_state(state, Path(directory))
-                    last_checkpoint = wallclock.monotonic()
+                checkpoint.write(state)
         except KeyboardInterrupt:
             state = state.stopped(state.running, Status.INTERRUPTED)
-    provenance = describe(problem, rule, weights) | {"seconds": wallclock.monotonic() - began}
-    provenance |= {"max_steps": max_steps, "until": _words(until)}
-    provenance |= {"events": {name: event.sentence for name, event in (events or {}).items()}}
-    run = recorder.trajectory(state, rule, provenance, watch)
+    provenance = describe(problem, rule, weights) | {
+        "seconds": wallclock.monotonic() - began,
+        "max_steps": max_steps,
+        "until": _words(until),
+        "events": {name: event.sentence for name, event in events.items()},
+    }
+    run = recorder.trajectory(state, provenance, watch)
     if directory is not None:
         run.save(directory)
     if strict and any(s not in _ASKED for s in run.statuses):
@@ -125,22 +123,17 @@ class SimulationError(RuntimeError):
 
 
 def _check_options(until: SavePlan, observe: Any, events: Any, max_steps: int) -> None:
-    if not isinstance(until, SavePlan):
+    expected = "a schedule, try until=flowsim.lam(100)"
+    require_instance("simulate", SavePlan, expected, until=until)
+    require_whole("simulate", max_steps=max_steps)
+    mapped = isinstance(observe, Mapping) and all(callable(f) for f in observe.values())
+    if observe is not None and not mapped:
         raise TypeError(
-            f"simulate: got until={until!r}, expected a schedule, try until=flowsim.lam(100)"
+            "simulate: got observe that is not a mapping from names to functions of (problem, "
+            "state); try observe=flowsim.diagnostics.standard(problem)"
         )
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"simulate: got max_steps={max_steps!r}, expected an integer ≥ 1")
-    if observe is not None and not (
-        isinstance(observe, Mapping) and all(callable(f) for f in observe.values())
-    ):
-        raise TypeError(
-            "simulate: got observe that is not a mapping from names to functions of (problem, state); "
-            "try observe=flowsim.diagnostics.standard(problem)"
-        )
-    if events is not None and not (
-        isinstance(events, Mapping) and all(isinstance(event, Event) for event in events.values())
-    ):
+    mapped = isinstance(events, Mapping) and all(isinstance(e, Event) for e in events.values())
+    if events is not None and not mapped:
         raise TypeError(
             "simulate: got events that are not a mapping from names to events; "
             'try events={"separated": flowsim.Event(flowsim.diagnostics.accuracy, 1.0)}'
@@ -160,9 +153,8 @@ def _check_names(kind: str, names: Iterable[Any], taken: set[str]) -> None:
 
 
 def _words(until: SavePlan) -> str:
-    return f"{until.clock.name} {until.stop:g}" + (
-        " (log)" if until.clock.reading == "log_time" else ""
-    )
+    unit = " (log)" if until.clock.reading == "log_time" else ""
+    return f"{until.clock.name} {until.stop:g}{unit}"
 
 
 def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> Any:
@@ -170,9 +162,43 @@ def _bar(progress: bool, rule: Rule, recorder: "_Recorder") -> Any:
         from tqdm.auto import tqdm  # the notebook's bar where there is one
     else:
         from tqdm import tqdm
-    return tqdm(
-        total=recorder.total, desc=rule.label, disable=not progress, unit="save", leave=False
-    )
+    shown = {"desc": rule.label, "unit": "save", "leave": False}
+    return tqdm(total=recorder.total, disable=not progress, **shown)
+
+
+@dataclass
+class _Allowance:
+    """How many steps each trajectory may still try: ``most`` beyond those ``before`` the run, and
+    no more than ``at_once`` in a call."""
+
+    most: int
+    at_once: int
+    before: Float[Tensor, " B"]
+    calls: int = 0
+
+    def next(self, state: State) -> tuple[State, int]:
+        """The state, stopped where nothing is left, and the budget of the next call; 0 where none
+        runs. A call takes a step at least, so that calls end the loop even where a rule does not
+        count."""
+        left = self.most - (state.attempts - self.before).clamp_min(self.calls)
+        state, self.calls = state.stopped(left <= 0, Status.MAX_STEPS), self.calls + 1
+        running = left[state.running]
+        return state, min(self.at_once, int(running.min())) if len(running) else 0
+
+
+@dataclass
+class _Checkpoint:
+    """Writes the state into the directory of a run, every so many seconds of wall time."""
+
+    directory: str | Path | None
+    seconds: float
+    last: float
+
+    def write(self, state: State) -> None:
+        """Write it if it is time."""
+        if self.directory is not None and wallclock.monotonic() - self.last > self.seconds:
+            save_state(state, Path(self.directory))
+            self.last = wallclock.monotonic()
 
 
 class _Recorder:
@@ -184,31 +210,17 @@ class _Recorder:
         rule: Rule,
         until: SavePlan,
         state: State,
-        observers: dict[str, Observer],
-        witnesses: dict[str, Observer],
+        observers: Mapping[str, Observer],
     ) -> None:
-        self.problem, self.rule, self.observers, self.witnesses = (
-            problem,
-            rule,
-            observers,
-            witnesses,
-        )
-        self.clock: Clock = until.clock
-        self.targets = torch.tensor(
-            [-torch.inf, *until.targets(state.readings[self.clock.reading])],
-            dtype=torch.float64,
-            device=state.w.device,
-        )
-        B, P = state.w.shape
-        self.next = torch.zeros(B, dtype=torch.long, device=state.w.device)
+        self.problem, self.rule, self.clock = problem, rule, until.clock
+        self.observers, self.witnesses = observers, witness(problem, rule)
+        points = [-torch.inf, *until.targets(state.readings[self.clock.reading])]
+        self.targets = torch.tensor(points, dtype=torch.float64, device=state.w.device)
+        self.next = torch.zeros_like(state.status)
         self.values: dict[str, np.ndarray] = {}
         self.witnessed: dict[str, np.ndarray] = {}
-        self.weights = (
-            np.full((len(self.targets), B, P), np.nan) if self._affordable(B * P) else None
-        )
-
-    def _affordable(self, numbers: int) -> bool:
-        return len(self.targets) * numbers <= _WEIGHTS_LIMIT
+        shape = (len(points), *state.w.shape)
+        self.weights = np.full(shape, np.nan) if math.prod(shape) <= _WEIGHTS_LIMIT else None
 
     @property
     def total(self) -> int:
@@ -232,35 +244,28 @@ class _Recorder:
                 break
             self._keep(self._read(state, target, due), due)
             self.next = self.next + due
-        return state.stopped(self.next == len(self.targets), Status.DONE).stopped(
-            limit < torch.inf, Status.EVENT
-        )
+        state = state.stopped(self.next == len(self.targets), Status.DONE)
+        return state.stopped(limit < torch.inf, Status.EVENT)
 
     def _read(self, state: State, target: Target, due: Tensor) -> State:
         """The state at the save point where one is due, elsewhere the state itself."""
-        first = self.next == 0
-        if state.segment is None or bool((due & first).any()):
+        if state.segment is None or bool((due & (self.next == 0)).any()):
             return state
         u = torch.where(due, state.segment.locate(target), 1.0)
         point = inside(self.problem, state, u)
-        return (
-            self.rule.refined(self.problem, state, u, point)
-            if isinstance(self.rule, Refining)
-            else point
-        )
+        if isinstance(self.rule, Refining):
+            point = self.rule.refined(self.problem, state, u, point)
+        return point
 
     def _keep(self, point: State, due: Tensor) -> None:
         rows, index = due.nonzero().squeeze(1).cpu().numpy(), self.next[due].cpu().numpy()
-        values = dict(point.readings) | {
-            f"tally_{name}": tally for name, tally in point.tallies.items()
-        }
+        tallies = {f"tally_{name}": tally for name, tally in point.tallies.items()}
         with torch.no_grad():
-            values |= {
-                name: observer(self.problem, point) for name, observer in self.observers.items()
-            }
-            witnessed = {
-                name: observer(self.problem, point) for name, observer in self.witnesses.items()
-            }
+            observed, witnessed = (
+                {name: observer(self.problem, point) for name, observer in observers.items()}
+                for observers in (self.observers, self.witnesses)
+            )
+        values = point.readings | tallies | observed
         for kept, new in ((self.values, values), (self.witnessed, witnessed)):
             for name, value in new.items():
                 array = self._checked(name, value)
@@ -272,28 +277,24 @@ class _Recorder:
 
     def _checked(self, name: str, value: Any) -> np.ndarray:
         if not isinstance(value, Tensor) or value.shape[:1] != self.next.shape:
-            got = (
-                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            )
             raise ValueError(
-                f"observer {name!r} returned {got}, expected a tensor with a leading trajectory axis of "
-                f"{len(self.next)}"
+                f"observer {name!r} returned {shape_of(value)}, expected a tensor with a leading "
+                f"trajectory axis of {len(self.next)}"
             )
         return value.detach().cpu().double().numpy()
 
-    def trajectory(
-        self, state: State, rule: Rule, provenance: dict[str, Any], watch: Watch
-    ) -> Trajectory:
+    def trajectory(self, state: State, provenance: dict[str, Any], watch: Watch) -> Trajectory:
+        events = {
+            name: {key: value.cpu().numpy() for key, value in found.items()}
+            for name, found in watch.found.items()
+        }
         return Trajectory(
             values=self.values,
             weights=self.weights,
             final=state,
-            label=rule.label,
+            label=self.rule.label,
             clock=self.clock.reading,
             provenance=provenance,
             certificate=certify(self.problem, self.values, self.witnessed, state),
-            events={
-                name: {k: v.cpu().numpy() for k, v in found.items()}
-                for name, found in watch.found.items()
-            },
+            events=events,
         )

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
+from flowsim.checks import require_instance
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.segment import Segment
@@ -40,16 +40,14 @@ class Switch:
     def __post_init__(self) -> None:
         for name in (_BEFORE, _AFTER):
             rule = getattr(self, name)
-            if isinstance(rule, type) or not all(
-                hasattr(rule, verb) for verb in ("label", "start", "advance")
-            ):
+            verbs = (hasattr(rule, verb) for verb in ("label", "start", "advance"))
+            if isinstance(rule, type) or not all(verbs):
                 raise TypeError(
-                    f"Switch: got {name}={rule!r}, expected a rule, try flowsim.GradientDescent(0.1)"
+                    f"Switch: got {name}={rule!r}, expected a rule, "
+                    "try flowsim.GradientDescent(0.1)"
                 )
-        if not isinstance(self.at, Event):
-            raise TypeError(
-                f"Switch: got at={self.at!r}, expected an event, try flowsim.Event(flowsim.diagnostics.accuracy, 1.0)"
-            )
+        expected = "an event, try flowsim.Event(flowsim.diagnostics.accuracy, 1.0)"
+        require_instance("Switch", Event, expected, at=self.at)
 
     @property
     def label(self) -> str:
@@ -89,13 +87,13 @@ class Switch:
         local = _part(state, _BEFORE)
         for _ in range(budget):
             local = self.first.advance(problem, local, until, 1)
-            if bool((self._reached(problem, local) | ~pending(local, until)).any()):
+            if bool((self.at.reached(problem, local, "Switch") | ~pending(local, until)).any()):
                 break
         return self._handed_over(problem, _packed(state, _BEFORE, local), local)
 
     def _handed_over(self, problem: Objective, state: State, before: State) -> State:
         """``state`` with the second rule started where the event has happened, at ``before``."""
-        rows = (self._reached(problem, before) & before.running).nonzero().squeeze(1)
+        rows = (self.at.reached(problem, before, "Switch") & before.running).nonzero().squeeze(1)
         if rows.numel() == 0:
             return state
         after = self.then.start(
@@ -106,17 +104,6 @@ class Switch:
         part = replace(_packed(part, _AFTER, after), segment=seen[0], multipliers=seen[1])
         part = replace(part, memory=part.memory | {"phase": torch.ones_like(part.status)})
         return state.scatter(rows, part)
-
-    def _reached(self, problem: Objective, state: State) -> Bool[Tensor, " B"]:
-        with torch.no_grad():
-            value = self.at.measure(problem, state)
-        if not isinstance(value, Tensor) or value.shape != state.status.shape:
-            got = getattr(value, "shape", type(value).__name__)
-            raise ValueError(
-                f"Switch: the measure of its event returned {got}, expected shape ({len(state.status)},), "
-                "one number for each trajectory"
-            )
-        return value <= self.at.level if self.at.falling else value >= self.at.level
 
 
 def _joined(before: State, after: State, phase: Tensor) -> State:

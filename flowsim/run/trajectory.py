@@ -8,8 +8,10 @@ moved into it."""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ _STATE = Path("checkpoints") / "state.safetensors"
 _EVENTS = "events"  # the group of the values file that holds them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """Values ``(K, B, …)`` at K save points of B trajectories; NaN after a trajectory has stopped.
 
@@ -47,6 +49,20 @@ class Trajectory:
     provenance: dict[str, Any]
     certificate: Certificate
     events: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        title, *lines = (escape(line) for line in self._lines())
+        return "<br>".join([f"<b>{title}</b>", *lines])
+
+    def _lines(self) -> list[str]:
+        """What there is, without the numbers."""
+        saves = max((len(value) for value in self.values.values()), default=0)
+        stops = [f"{n} × {s.name}: {s.sentence}" for s, n in Counter(self.statuses).items()]
+        title = f"{self.label}: {len(self)} trajectories, {saves} saves by {self.clock}"
+        return [title, *stops, f"values: {', '.join(self.names)}"]
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:

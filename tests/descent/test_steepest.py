@@ -286,3 +286,10 @@ def test_a_norm_must_be_an_instance(make, norm):
 def test_normalized_must_be_a_truth_value():
     with pytest.raises(TypeError, match="got normalized='no', expected True or False"):
         fs.GradientDescent(0.1, normalized="no")
+
+
+def test_a_rule_shows_its_label_and_what_it_is_made_of():
+    shown = fs.SignDescent(fs.Decay(0.1))._repr_html_()
+    assert shown.startswith(
+        "<b>sign descent, lr = 0.1·(k + 1)^(−0.5)</b><br><code>SteepestDescent("
+    )

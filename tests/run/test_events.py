@@ -470,7 +470,7 @@ def test_the_record_says_what_was_looked_for(found):
         (
             (0.5, 1.0),
             {},
-            r"got measure 0.5, expected a function .*try flowsim.diagnostics.accuracy",
+            r"got measure=0.5, expected a function .*try flowsim.diagnostics.accuracy",
         ),
         ((level, math.nan), {}, "got level=nan, expected a finite number"),
         ((level, math.inf), {}, "got level=inf, expected a finite number"),

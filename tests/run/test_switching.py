@@ -190,6 +190,6 @@ def test_the_measure_must_have_one_number_for_each_trajectory():
     problem, w0 = setting()
     rule = fs.Switch(fs.Adam(), fs.Adam(), fs.Event(lambda problem, state: state.w, 1.0))
     with pytest.raises(
-        ValueError, match=r"Switch: the measure of its event returned .*expected shape \(3,\)"
+        ValueError, match=r"Switch: its measure returned .*expected a tensor of shape \(3,\)"
     ):
         simulate(problem, rule, w0, fs.steps([1]))

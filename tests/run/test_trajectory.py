@@ -31,6 +31,16 @@ def run():
     return fs.simulate(net, rule, w0, until=fs.lam(2.0, saves=7), observe=observe, max_steps=120)
 
 
+def test_a_run_shows_itself_in_a_few_lines_without_its_numbers(run):
+    lines = repr(run).splitlines()
+    assert lines[0] == f"{run.label}: 3 trajectories, 7 saves by lam"
+    for status in set(run.statuses):
+        assert f"{run.statuses.count(status)} × {status.name}: {status.sentence}" in lines
+    assert lines[-1] == "values: " + ", ".join(run.names)
+    assert run._repr_html_().startswith(f"<b>{lines[0]}</b><br>")
+    assert "array" not in repr(run)
+
+
 def test_saved_and_loaded_is_the_same(run, tmp_path):
     back = fs.load(run.save(tmp_path / "run"))
     assert set(back.names) == set(run.names)
