@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,16 @@ from flowsim.norms.blocks import Max
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
 
+Vector: TypeAlias = Float[Tensor, " P"]
+Products: TypeAlias = tuple[Tensor, ...]
+"""One tensor for every kind of inequality: see `Pairs`."""
+
 
 @dataclass(frozen=True)
 class BallDirection:
     """A Newton direction of the point, and of its slacks and forces."""
 
-    v: Float[Tensor, " P"]
+    v: Vector
     pairs: Pairs
 
 
@@ -45,8 +49,8 @@ class BallNewton:
     """The Newton equations of a ball: see the module. ``direction`` makes of dv and dg the
     direction of all that the ball holds."""
 
-    stiff: Float[Tensor, " P"]
-    pull: Float[Tensor, " P"]
+    stiff: Vector
+    pull: Vector
     low: Float[Tensor, "k P"]
     weight: Float[Tensor, " k"]
     direction: Callable[[Tensor, Tensor], BallDirection]
@@ -56,11 +60,11 @@ class BallNewton:
 class BallIterate(ABC):
     """A point inside a ball, with its slacks and forces."""
 
-    v: Float[Tensor, " P"]
+    v: Vector
     pairs: Pairs
 
     @abstractmethod
-    def newton(self, g: Float[Tensor, " P"], targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Vector, targets: Products) -> BallNewton:
         """The Newton equations at g towards these products of slacks and forces."""
 
     def after(self, d: BallDirection, primal: float, dual: float) -> Self:
@@ -75,7 +79,7 @@ class LinfBall(BallIterate):
     radius: float
 
     @staticmethod
-    def at(v: Tensor, forces: tuple[Tensor, ...], radius: float) -> "LinfBall":
+    def at(v: Tensor, forces: Products, radius: float) -> "LinfBall":
         return LinfBall(v, Pairs((radius - v, radius + v), forces), radius)
 
     @staticmethod
@@ -83,7 +87,7 @@ class LinfBall(BallIterate):
         total = torch.hypot(g, torch.full_like(g, mu / radius)) + mu / radius
         return LinfBall.at(torch.zeros_like(g), ((total + g) / 2, (total - g) / 2), radius)
 
-    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Tensor, targets: Products) -> BallNewton:
         (high, low), (above, below) = self.pairs.slacks, self.pairs.forces
         up, down = targets
 
@@ -117,7 +121,7 @@ class L1Ball(BallIterate):
         above, below = (top - g).clamp_min(floor), (top + g).clamp_min(floor)
         return L1Ball.at(Pairs((part, part, spare), (above, below, top)))
 
-    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Tensor, targets: Products) -> BallNewton:
         budget = _Budget.of(self.pairs, g, targets)
         moved = budget.forth - budget.back + budget.tilt * budget.short / budget.spread
         lean = budget.tilt / budget.total
@@ -147,15 +151,15 @@ class _Budget:
 
     the last from the budget Σ v⁺ + Σ v⁻ + γ = ρ, so that dv = total·dg − tilt·dτ + forth − back."""
 
-    right: Float[Tensor, " P"]
-    left: Float[Tensor, " P"]
+    right: Vector
+    left: Vector
     slack: Float[Tensor, ""]
-    forth: Float[Tensor, " P"]
-    back: Float[Tensor, " P"]
+    forth: Vector
+    back: Vector
     short: Float[Tensor, ""]
 
     @staticmethod
-    def of(pairs: Pairs, g: Tensor, targets: tuple[Tensor, ...]) -> "_Budget":
+    def of(pairs: Pairs, g: Tensor, targets: Products) -> "_Budget":
         top = pairs.forces[2]
         right, left, slack = (s / f for s, f in zip(pairs.slacks, pairs.forces, strict=True))
         up, down, rest = (t / f for t, f in zip(targets, pairs.forces, strict=True))
@@ -164,11 +168,11 @@ class _Budget:
         return _Budget(right, left, slack, forth, back, short)
 
     @property
-    def total(self) -> Float[Tensor, " P"]:
+    def total(self) -> Vector:
         return self.right + self.left
 
     @property
-    def tilt(self) -> Float[Tensor, " P"]:
+    def tilt(self) -> Vector:
         return self.right - self.left
 
     @property
@@ -199,7 +203,7 @@ class L2Ball(BallIterate):
     norm: Norm
     radius: float
 
-    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Tensor, targets: Products) -> BallNewton:
         curve = _rounded(self.norm, g)
         diagonal, twist = self.radius * curve.diagonal, self.radius * curve.twist
         missing = self.radius * curve.slope - self.v
@@ -221,7 +225,7 @@ class LpBall(BallIterate):
     p: float
     radius: float
 
-    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Tensor, targets: Products) -> BallNewton:
         p, q = self.p, self.p / (self.p - 1)
         length, force = torch.linalg.vector_norm(self.v, p), torch.linalg.vector_norm(g, q)
         unit = self.v / length
@@ -244,7 +248,7 @@ class ProductBall(BallIterate):
         pairs = _joined([ball.pairs for ball in balls])
         return ProductBall(torch.cat([ball.v for ball in balls]), pairs, balls)
 
-    def newton(self, g: Tensor, targets: tuple[Tensor, ...]) -> BallNewton:
+    def newton(self, g: Tensor, targets: Products) -> BallNewton:
         blocks = zip(self.balls, self._split(g), self._kinds(targets), strict=True)
         parts = [ball.newton(x, products) for ball, x, products in blocks]
 
@@ -269,7 +273,7 @@ class ProductBall(BallIterate):
     def _split(self, v: Tensor) -> Sequence[Tensor]:
         return v.split([len(ball.v) for ball in self.balls])
 
-    def _kinds(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def _kinds(self, tensors: Products) -> list[Products]:
         """One tensor of every inequality as those of each ball."""
         rest = iter(tensors)
         return [tuple(islice(rest, len(ball.pairs.slacks))) for ball in self.balls]
@@ -282,7 +286,7 @@ def supports_ball(norm: Norm) -> bool:
     return isinstance(norm, L1 | L2 | Linf | Lp)
 
 
-def ball_of(norm: Norm, g: Float[Tensor, " P"], mu: float, radius: float = 1.0) -> BallIterate:
+def ball_of(norm: Norm, g: Vector, mu: float, radius: float = 1.0) -> BallIterate:
     """A point well inside the ball of a (bound) norm, for gradients like g and products near μ."""
     if isinstance(norm, Max):
         parts = norm.blocks_of(g)
