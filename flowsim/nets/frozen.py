@@ -1,6 +1,6 @@
 """Nets with some of their blocks held fixed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -55,21 +55,18 @@ class Frozen(Net):
 
     def _full(self, w: Tensor) -> Tensor:
         """All the net's weights."""
-        parts = {block.name: self._value(block, w) for block in self._frozen}
-        return self._joined(w, parts)
+        return self._joined(w, lambda block: self._value(block, w))
 
     def _tangent(self, v: Tensor) -> Tensor:
         """A direction of all the net's weights, in which frozen blocks stay."""
-        parts = {block.name: v.new_zeros(len(v), block.size) for block in self._frozen}
-        return self._joined(v, parts)
+        return self._joined(v, lambda block: v.new_zeros(len(v), block.size))
 
-    def _joined(self, w: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        parts |= {block.name: w[:, block.slice] for block in self.layout}
-        return torch.cat([parts[block.name] for block in self.net.layout], 1)
-
-    @property
-    def _frozen(self) -> list[Block]:
-        return [block for block in self.net.layout if block.name in self.values]
+    def _joined(self, w: Tensor, frozen: Callable[[Block], Tensor]) -> Tensor:
+        free = {block.name: w[:, block.slice] for block in self.layout}
+        parts = [
+            free[block.name] if block.name in free else frozen(block) for block in self.net.layout
+        ]
+        return torch.cat(parts, 1)
 
     def _free(self, g: Tensor) -> Tensor:
         return torch.cat([g[:, b.slice] for b in self.net.layout if b.name not in self.values], 1)
@@ -90,9 +87,9 @@ class Frozen(Net):
         return replace(net, degree=measured_degree(first, x, declared=self.degree))
 
     def select(self, rows: Tensor) -> Self:
-        shared = {block.name: len(block.shape) for block in self._frozen}
+        axes = {block.name: len(block.shape) for block in self.net.layout}
         values = {
-            name: value if value.ndim == shared[name] else value[rows]
+            name: value if value.ndim == axes[name] else value[rows]
             for name, value in self.values.items()
         }
         return replace(self, net=self.net.select(rows), values=values)

@@ -38,13 +38,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def svd(
-    w: Float[Tensor, "*batch m n"],
-) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch n k"]]:
-    """u, s, v with ``w = u diag(s) vᵀ``; NaN where w is not finite."""
+def svd(w: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """u ``(*batch, m, k)``, s ``(*batch, k)``, v ``(*batch, n, k)`` with ``w = u diag(s) vᵀ``; NaN
+    where w is not finite."""
     clean, bad = _cleaned(w)
     u, s, vt = torch.linalg.svd(clean, full_matrices=False)
-    return u + bad[..., None, None], s + bad[..., None], vt.mT + bad[..., None, None]
+    return u + bad, s + bad[..., 0], vt.mT + bad
 
 
 def from_svd(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch mn"]:
@@ -55,21 +54,20 @@ def from_svd(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch mn"]:
 def singular_values(w: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch k"]:
     """The singular values, falling; NaN where w is not finite."""
     clean, bad = _cleaned(w)
-    return torch.linalg.svdvals(clean) + bad[..., None]
+    return torch.linalg.svdvals(clean) + bad[..., 0]
 
 
-def eigh(
-    w: Float[Tensor, "*batch k k"],
-) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch k k"]]:
-    """Eigenvalues, rising, and eigenvectors of symmetric matrices; NaN where w is not finite."""
+def eigh(w: Float[Tensor, "*batch k k"]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(*batch, k)``, rising, and eigenvectors of symmetric matrices; values are NaN
+    where w is not finite."""
     clean, bad = _cleaned(w)
     values, vectors = torch.linalg.eigh(clean)
-    return values + bad[..., None], vectors
+    return values + bad[..., 0], vectors
 
 
-def _cleaned(w: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Float[Tensor, "*batch"]]:
-    """The matrices with zeros for those that are not finite, and NaN there, 0 elsewhere: LAPACK
-    refuses a whole batch for one such row."""
-    fine = torch.isfinite(w).all(-1).all(-1)
-    bad = torch.zeros_like(fine, dtype=w.dtype).masked_fill(~fine, torch.nan)
-    return torch.where(fine[..., None, None], w, 0.0), bad
+def _cleaned(w: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices with zeros for those that are not finite, and NaN there, 0 elsewhere, ``(*batch,
+    1, 1)``: LAPACK refuses a whole batch for one such row."""
+    fine = torch.isfinite(w).all(-1, keepdim=True).all(-2, keepdim=True)
+    bad = torch.where(fine, 0.0, torch.nan).to(w)
+    return torch.where(fine, w, 0.0), bad

@@ -3,11 +3,11 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
-def lengths(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+def lengths(v: Tensor) -> Float[Tensor, "*batch"]:
     """The Euclidean norm.
 
     >>> lengths(torch.tensor([[3.0, 4.0], [3e-30, 4e-30]]))
@@ -20,7 +20,7 @@ def lengths(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
     return torch.ldexp(torch.linalg.vector_norm(u, dim=-1), exponent)
 
 
-def unit(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+def unit(v: Tensor) -> Float[Tensor, "*batch P"]:
     """``v`` over its Euclidean norm; zero rows stay zero."""
     plain = torch.linalg.vector_norm(v, dim=-1)
     if not bool(_sound(plain).all()):
@@ -29,10 +29,8 @@ def unit(v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
     return v / nonzero(plain)[..., None]
 
 
-def scaled(
-    v: Float[Tensor, "*batch P"],
-) -> tuple[Float[Tensor, "*batch P"], Float[Tensor, "*batch"]]:
-    """``v`` divided by its largest entry, and that entry; zero rows stay zero."""
+def scaled(v: Tensor) -> tuple[Tensor, Tensor]:
+    """``v`` divided by its largest entry, and that entry ``(*batch)``; zero rows stay zero."""
     largest = v.abs().amax(-1)
     return v / nonzero(largest)[..., None], largest
 
@@ -42,13 +40,13 @@ def nonzero(a: Tensor) -> Tensor:
     return torch.where(a == 0, 1.0, a)
 
 
-def _sound(plain: Tensor) -> Bool[Tensor, "*batch"]:
+def _sound(plain: Tensor) -> Tensor:
     """Where no square that matters has under- or overflowed."""
     tiny = torch.finfo(plain.dtype).tiny ** 0.25
     return (plain > tiny) & (plain < 1 / tiny)
 
 
-def _near_one(v: Tensor) -> tuple[Float[Tensor, "*batch P"], Float[Tensor, "*batch"]]:
+def _near_one(v: Tensor) -> tuple[Tensor, Tensor]:
     """v over a power of two, which changes no digit, with entries up to 1; and the power, for
     `ldexp`."""
     limit = math.log2(torch.finfo(v.dtype).max) - 1
