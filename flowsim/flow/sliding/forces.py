@@ -81,7 +81,8 @@ class ActivePairs:
         grouped = grouped and int(mask.sum((1, 2)).max()) > DENSE
         rows = mask.mT if grouped else mask.flatten(1)[:, None]  # (B, G, ·)
         most = max(1, int(rows.sum(-1).max()))
-        order = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        ordered = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True)
+        order = ordered.indices[..., :most]  # of each row the pairs first, (B, G, c)
         valid = rows.gather(-1, order)
         if not grouped:
             return ActivePairs(point, mask, order // m, order % m, valid)
@@ -102,8 +103,10 @@ class ActivePairs:
         """``into (B, N, m)`` with these values at the pairs."""
         # padding writes to a place of its own behind the end
         spare = torch.cat([into.flatten(1), into[:, 0, :1]], 1)
-        index = torch.where(self.valid.flatten(1), self.flat, spare.shape[1] - 1)
-        return spare.scatter(1, index, values.flatten(1).to(into))[:, :-1].view(into.shape)
+        end = spare.shape[1] - 1
+        index = torch.where(self.valid.flatten(1), self.flat, end)
+        written = spare.scatter(1, index, values.flatten(1).to(into))
+        return written[:, :end].view(into.shape)
 
     def along(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B G c"]:
         """Nv."""
@@ -119,10 +122,13 @@ class ActivePairs:
         """N, dense: for norms that couple neurons only."""
         x, (_, m, d) = self.point.net.x, self.point.first.shape
         size = m * d + self.point.last[0].numel()
-        inputs = x.gather(1, self.example.flatten(1)[..., None].expand(-1, -1, d))
-        place = self.neuron.flatten(1)[..., None] * d + torch.arange(d, device=x.device)
-        normals = x.new_zeros(*place.shape[:2], size).scatter(2, place, inputs)
-        return normals * self.valid.flatten(1)[..., None]
+        example = self.example.flatten(1)[..., None]  # (B, Gc, 1)
+        neuron = self.neuron.flatten(1)[..., None]
+        valid = self.valid.flatten(1)[..., None]
+        inputs = x.gather(1, example.expand(-1, -1, d))
+        place = neuron * d + torch.arange(d, device=x.device)
+        zeros = x.new_zeros(*place.shape[:2], size)
+        return zeros.scatter(2, place, inputs) * valid
 
     def gram(self, metric: Metric) -> Float[Tensor, "B G c c"]:
         """N A⁻¹Nᵀ in each group."""
@@ -130,14 +136,13 @@ class ActivePairs:
             normals = self.normals()
             blocks = (metric.inverse(normals) @ normals.mT)[:, None]
         else:
-            inner = self.point.net.xx[
-                torch.arange(len(self.mask), device=self.mask.device)[:, None, None, None],
-                self.example[..., :, None],
-                self.example[..., None, :],
-            ]
+            batch = torch.arange(len(self.mask), device=self.mask.device)
+            row, column = self.example[..., :, None], self.example[..., None, :]
+            inner = self.point.net.xx[batch[:, None, None, None], row, column]
             same = self.neuron[..., :, None] == self.neuron[..., None, :]
             blocks = torch.where(same, metric.scales[0] * inner, 0.0)
-        return torch.where(self.valid[..., :, None] & self.valid[..., None, :], blocks, 0.0)
+        both = self.valid[..., :, None] & self.valid[..., None, :]
+        return torch.where(both, blocks, 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,10 @@ class GaussNewton:
 
     def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         seen = kernels.pushforward(self.tape, v)  # Jv
-        inner = self.root @ (self.core @ (self.root.mT @ seen.flatten(1)[..., None]))
-        return v - self.metric.inverse(kernels.pullback(self.tape, inner.view_as(seen)))
+        inner = self.root.mT @ seen.flatten(1)[..., None]
+        inner = self.root @ (self.core @ inner)
+        pulled = kernels.pullback(self.tape, inner.view_as(seen))
+        return v - self.metric.inverse(pulled)
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,7 @@ def _coupled(pairs: ActivePairs, damping: GaussNewton) -> Float[Tensor, "B G c R
     root = root.unflatten(1, (inner.shape[-1], -1))  # (B, N, C, R)
     total = torch.zeros_like(inner[..., :1])
     for c in range(root.shape[2]):
-        outer = pairs.point.last[batch, c, pairs.neuron][..., None]
-        through = (inner.flatten(1, 2) @ root[:, :, c]).view(*inner.shape[:3], -1)
-        total = total + outer * through
+        outer = pairs.point.last[batch, c, pairs.neuron]
+        through = inner.flatten(1, 2) @ root[:, :, c]
+        total = total + outer[..., None] * through.view(*inner.shape[:3], -1)
     return metric.scales[0] * total

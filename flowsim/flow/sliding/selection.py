@@ -22,10 +22,11 @@ def count(mask: Tensor) -> Float[Tensor, " B"]:
 
 def on_kink(point: NetAt) -> Bool[Tensor, "B N m"]:
     """Which pairs have z = 0 to rounding."""
-    inputs = torch.diagonal(point.net.xx, dim1=-2, dim2=-1).sqrt()[..., None]
-    weights = torch.linalg.vector_norm(point.first, dim=-1)[:, None]
-    rounding = 16 * torch.finfo(point.z.dtype).eps * point.net.x.shape[-1] ** 0.5
-    return point.z.abs() <= rounding * inputs * weights
+    inputs = torch.diagonal(point.net.xx, dim1=-2, dim2=-1).sqrt()
+    weights = torch.linalg.vector_norm(point.first, dim=-1)
+    eps, d = torch.finfo(point.z.dtype).eps, point.net.x.shape[-1]
+    rounding = 16 * eps * d**0.5
+    return point.z.abs() <= rounding * inputs[..., None] * weights[:, None]
 
 
 def sides_at(point: NetAt, stored: Tensor | None) -> Float[Tensor, "B N m"]:
@@ -54,9 +55,11 @@ def least_gradient(
     The others are on the side that z shows; a stuck pair whose kink repels is let go, to the side
     whose multiplier is nearer."""
     hangs = stuck & (point.jump < 0)
-    sides = torch.where(stuck, (given >= 0.5).to(given), (point.z > 0).to(point.z))
+    nearer, shown = (given >= 0.5).to(given), (point.z > 0).to(point.z)
+    sides = torch.where(stuck, nearer, shown)
     pairs = ActivePairs.of(point, hangs, metric.scales is not None)
-    free = point.gradient(point.slopes(torch.where(hangs, 0.0, sides)))  # ∇Λ without forces
+    slopes = point.slopes(torch.where(hangs, 0.0, sides))
+    free = point.gradient(slopes)  # ∇Λ without forces
     upper = -pairs.take(torch.where(hangs, point.jump, 0.0))
     ahead = pairs.along(metric.inverse(free))
     guess = upper * pairs.take(given)
