@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Path: TypeAlias = tuple[float, Callable[[float], Tensor]]
+DualPath: TypeAlias = tuple[float, Callable[[float], Tensor]]
 """How far a curve from p may be followed, and the curve."""
 
 
@@ -43,7 +43,7 @@ class Outer(Protocol):
     def gap(self, p: Tensor, z: Tensor) -> Tensor:
         """f(z) + f*(−p) + ⟨p, z⟩ ≥ 0, free of cancellation."""
 
-    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+    def paths(self, p: Tensor, d: Tensor) -> list[DualPath]:
         """Curves that leave p in the direction d, and how far each may be followed."""
 
 
@@ -73,7 +73,7 @@ class SoftMaximum:
         log = torch.log_softmax(-z / self.temperature, 0)
         return self.temperature * (p * (torch.log(p) - log) - p + torch.exp(log)).sum()
 
-    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+    def paths(self, p: Tensor, d: Tensor) -> list[DualPath]:
         def straight(a: float) -> Tensor:
             q = p + a * d
             return q / q.sum()
@@ -106,5 +106,5 @@ class HalfSquare:
     def gap(self, p: Tensor, z: Tensor) -> Tensor:
         return 0.5 * ((p + z) ** 2).sum()
 
-    def paths(self, p: Tensor, d: Tensor) -> list[Path]:
+    def paths(self, p: Tensor, d: Tensor) -> list[DualPath]:
         return [(1.0, lambda a: p + a * d)]
