@@ -50,7 +50,8 @@ def margin_reading(problem: Problem) -> Reading:
     − f_j for every wrong class j, whatever the loss makes of them."""
     if problem.loss.reading.targets == "values":
         raise ValueError(
-            f"got the {problem.loss.name} loss, which has no margins; try exponential or logistic loss"
+            f"got the {problem.loss.name} loss, which has no margins; "
+            "try exponential or logistic loss"
         )
     return Pairwise() if problem.loss.reading.targets == "classes" else problem.loss.reading
 

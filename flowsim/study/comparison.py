@@ -5,7 +5,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path as Directory
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
-from flowsim.study.traced_path import Path, Traced
+from flowsim.study.traced_path import Traced, TracedPath
 
 Rules: TypeAlias = Rule | Sequence[Rule] | Mapping[str, Rule | Trajectory]
 
@@ -103,22 +103,21 @@ class Comparison:
         run, there = self.runs[label], self.matched[label]["lam"]
         return _slope(run["lam"], run["arclength"]), _slope(there["lam"], there["arclength"])
 
-    def write(self, path: str | Directory) -> Directory:
+    def write(self, path: str | Path) -> Path:
         """Write all distances as a CSV file: a row for each run, place, trajectory and save point,
         with the run's readings of the clocks. Returns the path."""
         names = [what for what in self._measured if what in APART or self.flow[what].ndim == 2]
         header = ["run", "at", "trajectory", "save", *EQUAL, *(f"apart_{name}" for name in names)]
-        with Directory(path).open("w", newline="", encoding="utf-8") as file:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for (label, run), at in product(self.runs.items(), PLACES):
-                clocks = [run[name] for name in EQUAL]
                 apart = [self[label, name, at] for name in names]
-                columns = np.stack(clocks + apart)
+                columns = np.stack([run[clock] for clock in EQUAL] + apart)
                 for b, k in np.ndindex(len(run), columns.shape[1]):
                     numbers = [f"{value:.12g}" for value in columns[:, k, b]]
                     writer.writerow([label, at, b, k, *numbers])
-        return Directory(path)
+        return Path(path)
 
 
 def _slope(
@@ -165,7 +164,7 @@ def compare(
     traced = Traced(flow)
     walked = simulate(problem, traced, w0, until=_on_time(until, runs), **options)
     _go_on(problem, traced, walked.final, runs, max_steps)
-    path = Path.of(problem, traced)
+    path = TracedPath.of(problem, traced)
     matched = {label: _matched(problem, path, run, observe) for label, run in runs.items()}
     return Comparison(walked, runs, matched)
 
@@ -255,7 +254,7 @@ def _come_to(final: State, clock: Clock) -> Float[Tensor, " B"]:
 
 
 def _matched(
-    problem: Objective, path: Path, run: Trajectory, observe: Mapping[str, Observer]
+    problem: Objective, path: TracedPath, run: Trajectory, observe: Mapping[str, Observer]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The flow's values beside each save point of a run, by the place they are taken at."""
     weights = torch.from_numpy(run.weights).to(path.steps.w0)  # (K, B, P)

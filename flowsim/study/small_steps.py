@@ -67,7 +67,8 @@ class SmallStepLimit:
             weights = [run.weights for run in self.runs if run.weights is not None]
             if len(weights) < len(self.runs):
                 raise ValueError(
-                    "direction: the runs hold no weights, expected them at each save; try fewer saves"
+                    "direction: the runs hold no weights, expected them at each save; "
+                    "try fewer saves"
                 )
             return np.stack([w / np.linalg.norm(w, axis=-1, keepdims=True) for w in weights])
         return np.stack([run[name] for run in self.runs])
@@ -130,7 +131,8 @@ class SmallStepLimit:
             return f"stalls at {at}; whether that point is stationary is not known for this net"
         if slope == 0:
             return f"stalls at {at}, at a stationary point to within the step"
-        return f"stalls at a non-stationary point: at {at} the steepest flow rises with slope {slope:.3g}"
+        rises = f"at {at} the steepest flow rises with slope {slope:.3g}"
+        return f"stalls at a non-stationary point: {rises}"
 
     def _level(self, b: int) -> float:
         return float(self.finest.final.readings["lam"][b])

@@ -84,7 +84,7 @@ def _chord(a: State, b: State) -> Segment:
 
 
 @dataclass(frozen=True)
-class Path:
+class TracedPath:
     """The natural steps of B trajectories, one after another: a `Segment` of tensors ``(S, B, …)``.
 
     Points are read ``(K, B)`` at a time and come as a State of K·B trajectories, all of the first
@@ -95,11 +95,11 @@ class Path:
     steps: Segment
 
     @staticmethod
-    def of(problem: Objective, traced: Traced) -> "Path":
+    def of(problem: Objective, traced: Traced) -> "TracedPath":
         """The path that a rule has left. Raises ValueError if it has not moved."""
         if not traced.steps:
             raise ValueError(f"{traced.label}: got a run without a step, expected a path")
-        return Path(problem, tree_map(lambda *steps: torch.stack(steps), *traced.steps))
+        return TracedPath(problem, tree_map(lambda *steps: torch.stack(steps), *traced.steps))
 
     def at(self, clock: Clock, values: Float[Tensor, "K B"]) -> tuple[State, Bool[Tensor, "K B"]]:
         """Where the clock first shows these values, and which of them it shows: beyond the end it

@@ -11,7 +11,7 @@ import flowsim as fs
 from flowsim.flow.dissipation import SmoothSign
 from flowsim.motion.clocks import ARCLENGTH, LAM, TIME
 from flowsim.study.order import Order
-from flowsim.study.traced_path import Path, Traced
+from flowsim.study.traced_path import Traced, TracedPath
 
 MATRIX, MINIMISER = [[2.0, 0.5], [0.5, 1.0]], [1.0, -1.0]
 BOWL = fs.Quadratic(MATRIX, MINIMISER)
@@ -40,7 +40,7 @@ def bowl():
 def traced(problem, rule, w0, until):
     kept = Traced(rule)
     fs.simulate(problem, kept, w0, until=until)
-    return Path.of(problem, kept)
+    return TracedPath.of(problem, kept)
 
 
 def test_a_path_is_read_at_times_of_its_own_for_each_trajectory():

@@ -23,7 +23,7 @@ from flowsim.problems.problem import Problem
 from flowsim.velocity.selection import select
 
 
-def at_a_point(theorem: Callable[[FlowAt], Check]) -> Callable[[Problem, State, Norm], Check]:
+def pointwise(theorem: Callable[[FlowAt], Check]) -> Callable[[Problem, State, Norm], Check]:
     """The theorem as a function of (problem, state, norm)."""
 
     @wraps(theorem)
@@ -34,13 +34,13 @@ def at_a_point(theorem: Callable[[FlowAt], Check]) -> Callable[[Problem, State, 
     return check
 
 
-@at_a_point
+@pointwise
 def chain_rule(at: FlowAt) -> Check:
     """dΛ/ds = ‖h‖_* (TGKV, Prop. 7)."""
     return Check((at.rise / at.slope - 1).abs(), EXACT)
 
 
-@at_a_point
+@pointwise
 def least_dual(at: FlowAt) -> Check:
     """‖h‖_* is the least of Clarke's set (TGKV, Prop. 7)."""
     sides = selected_sides(at.problem, at.state)
@@ -48,7 +48,7 @@ def least_dual(at: FlowAt) -> Check:
     return Check((at.slope / least.dual - 1).abs(), EXACT)
 
 
-@at_a_point
+@pointwise
 def growth(at: FlowAt) -> Check:
     """d log γ̃/dσ = L[(1 + H(p)/Λ)/α − ν], where Λ > 0; exponential loss."""
     grows = at.size * at.rise / at.lam - at.L * at.nu
@@ -56,7 +56,7 @@ def growth(at: FlowAt) -> Check:
     return Check((grows - said).abs() / (1 + said.abs()), EXACT)
 
 
-@at_a_point
+@pointwise
 def soft_hard(at: FlowAt) -> Check:
     """γ − log M/‖w‖^L ≤ γ̃ ≤ γ (TGKV, Lemma 11); exponential loss. In units of 1/‖w‖^L."""
     q, soft = loss_multipliers(at.problem, at.state)[0], at.level
@@ -66,14 +66,14 @@ def soft_hard(at: FlowAt) -> Check:
     return Check(torch.maximum(above, below), SHARP * (1 + soft.abs()))
 
 
-@at_a_point
+@pointwise
 def euler(at: FlowAt) -> Check:
     """⟨w, h⟩ = L(Λ + H(p)); exponential loss."""
     off = at.radial_rise - at.L * (at.level + at.H)
     return Check(off.abs() / (at.L * (at.level.abs() + at.H)), EXACT)
 
 
-@at_a_point
+@pointwise
 def level_rate(at: FlowAt) -> Check:
     """dΛ/dt = L²γ̃^{2/L}α^{−2}(Λ + H)²Λ^{−2/L}e^{−Λ}, by logarithms, where Λ > 0; exponential
     loss."""
@@ -83,7 +83,7 @@ def level_rate(at: FlowAt) -> Check:
     return Check((runs - said).abs(), EXACT)
 
 
-@at_a_point
+@pointwise
 def force(at: FlowAt) -> Check:
     """Σ λ_i ∇q_i(w̃), summed over examples at w̃ itself, has the dual norm ‖w̃‖, and the divergence
     is ‖w̃‖²(1 − α) (TGKV, Prop. 28 with equality)."""
@@ -96,7 +96,7 @@ def force(at: FlowAt) -> Check:
     return Check(torch.maximum(length.abs(), apart.abs()), SHARP)
 
 
-@at_a_point
+@pointwise
 def slack(at: FlowAt) -> Check:
     """Σ λ_i(q_i/q_min − 1) ≤ M/(e γ̃^{2/L} L Λ), where Λ > 0 (TGKV, Prop. 28); exponential loss."""
     M = at.kkt.q.shape[1]
@@ -104,7 +104,7 @@ def slack(at: FlowAt) -> Check:
     return Check(at.kkt.slack, bound)
 
 
-@at_a_point
+@pointwise
 def weight(at: FlowAt) -> Check:
     """Σ λ_i q_i/q_min = ‖w̃‖²α/L."""
     kkt = at.kkt
@@ -113,14 +113,14 @@ def weight(at: FlowAt) -> Check:
     return Check((found / said - 1).abs(), EXACT)
 
 
-@at_a_point
+@pointwise
 def turning(at: FlowAt) -> Check:
     """‖d(w/‖w‖)/dσ‖ ≤ 2 (TGKV, Lemma 18)."""
     inward = (at.nu / at.size)[:, None] * at.state.w
     return Check(at.norm.value(at.u - inward), 2 * (1 + SHARP))
 
 
-@at_a_point
+@pointwise
 def smooth_force(at: FlowAt) -> Check:
     """‖Γ − ∇½‖w̃‖²‖_* ≤ √(2cD) where ½‖·‖² is c-smooth (TGKV, Prop. 29), over ‖w̃‖; no bound in
     other norms. An equality in quadratic norms."""
@@ -131,7 +131,7 @@ def smooth_force(at: FlowAt) -> Check:
     return Check(kkt.residual()[1], bound if math.isfinite(c) else missing + math.inf)
 
 
-@at_a_point
+@pointwise
 def nearby(at: FlowAt) -> Check:
     """A KKT pair within √D of (Γ, w̃), over ‖w̃‖ (Brøndsted and Rockafellar 1965), found by
     `Stationarity.nearby`."""
