@@ -122,30 +122,6 @@ def test_arclength_and_relative_arclength_add_up_the_steps(norm):
     assert run["relative"][1:] == pytest.approx((length / size).cumsum(0).numpy(), rel=1e-10)
 
 
-# Small steps
-
-
-@pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.name)
-@pytest.mark.parametrize(("dlam", "relative"), [(0.01, 10.0), (10.0, 0.01)])
-def test_a_small_step_is_bounded_by_its_gain_and_by_the_largest_weight(norm, dlam, relative):
-    problem, w0 = setting()
-    _, w = iterates(problem, fs.SmallStep(norm, dlam=dlam, relative=relative), w0, 1)
-    move, h = w[1] - w[0], problem.ascent(w0)[1]
-    gain, share = (h * move).sum(1), move.abs().amax(1) / w0.abs().amax(1)
-    if dlam < 1:
-        assert torch.allclose(gain, torch.tensor(dlam).double(), rtol=1e-9)
-    else:
-        assert torch.allclose(share, torch.tensor(relative).double(), rtol=1e-9)
-
-
-def test_a_linear_model_may_start_at_zero():
-    problem = fs.Problem(fs.Linear(5), X, Y, fs.exponential)
-    run = fs.simulate(
-        problem, fs.SmallStep(fs.L2()), torch.zeros(2, 5).double(), until=fs.lam([1.0]), strict=True
-    )
-    assert (run["lam"][-1] >= 1.0 - 1e-9).all()
-
-
 def far_out():
     """Weights of a separating net, scaled until Λ is about 2000."""
     problem, w0 = setting()
@@ -153,17 +129,6 @@ def far_out():
         problem, fs.SmallStep(fs.L2()), w0, until=fs.lam([5.0]), max_steps=5000, strict=True
     ).final.w
     return problem, w * (2000 / problem.lam(w))[:, None].sqrt()
-
-
-@pytest.mark.parametrize("norm", [fs.L1(), fs.L2(), fs.Linf()], ids=lambda n: n.name)
-def test_small_steps_go_on_where_the_loss_itself_is_zero(norm):
-    problem, w = far_out()
-    lam = problem.lam(w)
-    assert (torch.exp(-lam) == 0).all()
-    run = fs.simulate(problem, fs.SmallStep(norm), w, until=fs.steps(100), strict=True)
-    assert (run["lam"][-1] > run["lam"][0] + 1).all()
-    assert np.isfinite(run["log_time"][1:]).all()
-    assert (np.diff(run["log_time"][1:], axis=0) > 0).all()
 
 
 def test_normalised_descent_goes_on_where_the_gradient_itself_is_zero():
@@ -182,45 +147,6 @@ def test_descent_that_no_longer_moves_stops_at_the_precision_floor_where_it_was(
     assert torch.equal(run.final.w, w)
     assert run.final.readings["arclength"].tolist() == [0.0, 0.0]
     assert run.final.readings["steps"].tolist() == [0.0, 0.0]
-
-
-def test_a_path_of_small_steps_tends_to_the_flow():
-    problem, w0 = setting(net=fs.MLP([5, 8, 1], activation=fs.squared_relu))
-    flow = fs.simulate(
-        problem, fs.SteepestFlow(fs.L2(), rtol=1e-8), w0, until=fs.arclength([1.0]), strict=True
-    )
-    errors = []
-    for dlam in (0.02, 0.01, 0.005):
-        run = fs.simulate(
-            problem, fs.SmallStep(fs.L2(), dlam=dlam), w0, until=fs.arclength([1.0]), strict=True
-        )
-        errors.append(np.abs(run.weights[-1] - flow.weights[-1]).max())
-    assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
-    assert errors[1] / errors[2] == pytest.approx(2, abs=0.3)
-
-
-# Failure
-
-
-def test_a_diverging_learning_rate_ends_as_nonfinite_with_the_path_and_the_last_finite_state():
-    problem, w0 = setting()
-    run = fs.simulate(problem, fs.GradientDescent(1e6), w0, until=fs.steps(range(1, 60)))
-    assert run.statuses == [fs.Status.NONFINITE] * 2
-    assert torch.isfinite(run.final.w).all()
-    assert torch.isfinite(problem.lam(run.final.w)).all()
-    for b in range(2):
-        taken = int(run.final.readings["steps"][b])
-        assert np.isfinite(run["lam"][: taken + 1, b]).all()
-        assert np.isnan(run["lam"][taken + 1 :, b]).all()
-        assert np.array_equal(run.weights[taken, b], run.final.w[b].numpy())
-
-
-def test_a_start_without_a_gradient_is_stationary():
-    problem, w0 = setting()
-    w0[1] = 0
-    run = fs.simulate(problem, fs.GradientDescent(1e-3), w0, until=fs.steps(5))
-    assert run.statuses == [fs.Status.DONE, fs.Status.STATIONARY]
-    assert (run.final.w[1] == 0).all()
 
 
 # Options

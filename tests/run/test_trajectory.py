@@ -81,28 +81,6 @@ def test_run_json_says_why_each_trajectory_stopped(run, tmp_path):
     assert record["label"] == run.label
 
 
-def test_provenance_says_what_ran(run):
-    record = run.provenance
-    assert record["rule"] == repr(fs.SmallStep(fs.Linf()))
-    assert record["flowsim"] == fs.__version__
-    assert record["torch"] == torch.__version__
-    assert (record["trajectories"], record["dtype"], record["device"]) == (3, "float64", "cpu")
-    assert record["max_steps"] == 120
-    assert record["objective"]["x"]["shape"] == [3, 15, 4]
-    assert record["seconds"] > 0
-
-
-def test_provenance_tells_data_and_weights_apart():
-    def record(x, w0):
-        p = fs.Problem(KINKED, x, Y, fs.exponential)
-        return fs.simulate(p, fs.GradientDescent(0.1), w0, until=fs.steps(1)).provenance
-
-    w = KINKED.init(range(3))
-    base, data, weights = record(X, w), record(X + 1e-12, w), record(X, w + 1e-12)
-    assert base["weights_sha256"] == data["weights_sha256"] != weights["weights_sha256"]
-    assert base["objective"] == weights["objective"] != data["objective"]
-
-
 def test_loading_what_is_not_a_run_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run.json; expected"):
         fs.load(tmp_path)
