@@ -5,14 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from jaxtyping import Float
 from torch import Tensor
-
-PerTrajectory: TypeAlias = Float[Tensor, " B"]
-"""One number for each trajectory."""
-
-FlatRows: TypeAlias = Float[Tensor, "B P"]
-"""Flat weights, or what lies in their place, such as a gradient: one row for each trajectory."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.numerics.shapes import Row
+
 
 @dataclass(frozen=True)
 class Form:
@@ -19,14 +21,15 @@ class Form:
 
     C: Float[Tensor, "R P"]
     ridge: float
-    b: Float[Tensor, " P"]
+    b: Row
 
     def gradient(self, u: Tensor) -> Tensor:
         return (self.C @ u) @ self.C + self.ridge * u - self.b
 
     def solver(self, n: Float[Tensor, "K P"], rho: float) -> Callable[[Tensor], Tensor]:
         """r ↦ (∇²q + ρ(1 + nᵀn))⁻¹ r, by the smaller of both Gram matrices (Woodbury)."""
-        A, shift = torch.cat([self.C, rho**0.5 * n]), self.ridge + rho
+        A = torch.cat([self.C, rho**0.5 * n])
+        shift = self.ridge + rho
         wide = len(A) < A.shape[1]
         gram = A @ A.mT if wide else A.mT @ A
         root = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(A))
@@ -42,7 +45,7 @@ class Split:
     """Where the splitting method ends: the point ``at (P,)`` and the multipliers ``force (K,)`` of
     the rows."""
 
-    at: Float[Tensor, " P"]
+    at: Row
     force: Float[Tensor, " K"]
 
 
@@ -51,9 +54,9 @@ class _Iterate:
     """Copies of u in the set and of nu, ``x`` and ``z``, and their multipliers over ρ, ``y`` and
     ``f``."""
 
-    x: Float[Tensor, " P"]
+    x: Row
     z: Float[Tensor, " K"]
-    y: Float[Tensor, " P"]
+    y: Row
     f: Float[Tensor, " K"]
 
     def after(
@@ -67,7 +70,8 @@ class _Iterate:
         """The copies brought near u and v, beyond which they go."""
         to_x = _RELAX * u + (1 - _RELAX) * self.x + self.y
         to_z = _RELAX * v + (1 - _RELAX) * self.z + self.f
-        x, z = project(to_x), prox(to_z, rho)
+        x = project(to_x)
+        z = prox(to_z, rho)
         return _Iterate(x, z, to_x - x, to_z - z)
 
 
@@ -81,7 +85,7 @@ def split(
     n: Float[Tensor, "K P"],
     prox: Callable[[Tensor, float], Tensor],
     *,
-    start: Float[Tensor, " P"],
+    start: Row,
     tol: float = 1e-12,
     max_steps: int = 20000,
 ) -> Split:
@@ -95,7 +99,8 @@ def split(
     at = _Iterate(start, n @ start, torch.zeros_like(start), n.new_zeros(len(n)))
     for step in range(1, max_steps + 1):
         u = solve(q.b + rho * (at.x - at.y + (at.z - at.f) @ n))
-        v, last = n @ u, at
+        v = n @ u
+        last = at
         at = at.after(u, v, project, prox, rho)
         if step % 25:
             continue
@@ -106,7 +111,8 @@ def split(
             break
         change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)
         if step in _REVISIONS and not 0.2 < change < 5:
-            rho, at = rho * change, replace(at, y=at.y / change, f=at.f / change)
+            rho = rho * change
+            at = replace(at, y=at.y / change, f=at.f / change)
             solve = q.solver(n, rho)
     return Split(at.x, rho * at.f)
 

@@ -30,8 +30,9 @@ from flowsim.convex.smoothed import Curve, curved
 from flowsim.norms.blocks import Max
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
+from flowsim.numerics.shapes import Row
 
-Vector: TypeAlias = Float[Tensor, " P"]
+Vector: TypeAlias = Row
 Products: TypeAlias = tuple[Tensor, ...]
 """One tensor for every kind of inequality: see `Pairs`."""
 
@@ -96,7 +97,8 @@ class LinfBall(BallIterate):
             fall = (down - below * dv) / low - below
             return BallDirection(dv, Pairs((-dv, dv), (rise, fall)))
 
-        stiff, pull = above / high + below / low, g - up / high + down / low
+        stiff = above / high + below / low
+        pull = g - up / high + down / low
         return BallNewton(stiff, pull, g.new_zeros(0, len(g)), g.new_zeros(0), direction)
 
     def after(self, d: BallDirection, primal: float, dual: float) -> "LinfBall":
@@ -115,10 +117,12 @@ class L1Ball(BallIterate):
 
     @staticmethod
     def begin(g: Tensor, mu: float, radius: float) -> "L1Ball":
-        part, spare = torch.full_like(g, 0.45 * radius / len(g)), g.new_tensor(0.1 * radius)
+        part = torch.full_like(g, 0.45 * radius / len(g))
+        spare = g.new_tensor(0.1 * radius)
         top = g.abs().amax() + mu * len(g) / radius
         floor = 0.1 * mu * len(g) / radius
-        above, below = (top - g).clamp_min(floor), (top + g).clamp_min(floor)
+        above = (top - g).clamp_min(floor)
+        below = (top + g).clamp_min(floor)
         return L1Ball.at(Pairs((part, part, spare), (above, below, top)))
 
     def newton(self, g: Tensor, targets: Products) -> BallNewton:
@@ -132,7 +136,8 @@ class L1Ball(BallIterate):
             above, below, top = self.pairs.forces
             dtop = budget.top(dg)
             dspare = (targets[2] - self.pairs.slacks[2] * (top + dtop)) / top
-            dabove, dbelow = top + dtop - g - dg - above, top + dtop + g + dg - below
+            dabove = top + dtop - g - dg - above
+            dbelow = top + dtop + g + dg - below
             slacks = (*budget.parts(dv, dg, dtop), dspare)
             return BallDirection(dv, Pairs(slacks, (dabove, dbelow, dtop)))
 
@@ -163,7 +168,8 @@ class _Budget:
         top = pairs.forces[2]
         right, left, slack = (s / f for s, f in zip(pairs.slacks, pairs.forces, strict=True))
         up, down, rest = (t / f for t, f in zip(targets, pairs.forces, strict=True))
-        forth, back = up - right * (top - g), down - left * (top + g)
+        forth = up - right * (top - g)
+        back = down - left * (top + g)
         short = pairs.slacks[2] - (forth + back).sum() - rest
         return _Budget(right, left, slack, forth, back, short)
 
@@ -205,7 +211,8 @@ class L2Ball(BallIterate):
 
     def newton(self, g: Tensor, targets: Products) -> BallNewton:
         curve = _rounded(self.norm, g)
-        diagonal, twist = self.radius * curve.diagonal, self.radius * curve.twist
+        diagonal = self.radius * curve.diagonal
+        twist = self.radius * curve.twist
         missing = self.radius * curve.slope - self.v
         lean = curve.along / diagonal
         # the inverse of diag(diagonal) + twist·along alongᵀ
@@ -226,8 +233,10 @@ class LpBall(BallIterate):
     radius: float
 
     def newton(self, g: Tensor, targets: Products) -> BallNewton:
-        p, q = self.p, self.p / (self.p - 1)
-        length, force = torch.linalg.vector_norm(self.v, p), torch.linalg.vector_norm(g, q)
+        p = self.p
+        q = self.p / (self.p - 1)
+        length = torch.linalg.vector_norm(self.v, p)
+        force = torch.linalg.vector_norm(g, q)
         unit = self.v / length
         normal = torch.sign(unit) * unit.abs() ** (p - 1)
         largest = torch.maximum(unit.abs(), (g.abs() / force) ** (q - 1)).clamp_min(1e-6)

@@ -9,13 +9,12 @@ free: λ is a force that holds each kink's coordinate at zero, as far as its str
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-PerKink: TypeAlias = Float[Tensor, "B G c"]
+from flowsim.numerics.shapes import PerKink
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def solve_box(
     force = torch.zeros_like(z) if start is None else start.clamp_min(0).minimum(upper)
     residual = z - system.times(force)
     nothing = torch.zeros_like(upper, dtype=torch.bool)
-    sets, solved = _Sets(nothing, nothing), torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    sets = _Sets(nothing, nothing)
+    solved = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for sweep in range(max_sweeps):
         guess = _Sets.of(force + residual / diagonal, upper)
         changed = (guess.free != sets.free) | (guess.high != sets.high)

@@ -21,7 +21,8 @@ from flowsim.norms.vector import L1, Linf, Lp
 
 def conic_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
     """`linear.linear_optimum` in any norm."""
-    cp, P = _cvxpy(), programme.size
+    cp = _cvxpy()
+    P = programme.size
     x = cp.Variable(len(programme.goal))
     reached = programme.rows @ x
     held = reached == 0 if programme.equal else reached <= 0
@@ -40,7 +41,8 @@ def ekeland_point(
     """The v of min ½‖v‖² − ⟨force, v⟩ + weight·‖v − w‖ and the k ∈ ∂½‖v‖² that proves it, of norms
     near w and ``force``."""
     cp = _cvxpy()
-    x, v = cp.Variable(len(w)), cp.Variable(len(w))
+    x = cp.Variable(len(w))
+    v = cp.Variable(len(w))
     same = x == v  # its multipliers are −k
     half_square = 0.5 * cp.square(norm_expression(norm, x))
     away = weight * norm_expression(norm, v - w)

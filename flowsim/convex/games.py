@@ -80,9 +80,11 @@ def game(rows: ArrayLike, norm: Norm, solve: Solver | None = None) -> MaxMargin:
     w, p = farthest(Z, np.ones(len(Z)), norm, solve=solve)
     p = np.maximum(p, 0)
     p = p / p.sum()
-    margin, longest = float((Z @ w).min()), np.linalg.norm(Z, axis=1).max()
+    margin = float((Z @ w).min())
+    longest = np.linalg.norm(Z, axis=1).max()
     if margin <= 4 * len(w) * np.finfo(float).eps * longest * np.linalg.norm(w):  # rounding
-        margin, w = 0.0, np.zeros_like(w)
+        margin = 0.0
+        w = np.zeros_like(w)
     return MaxMargin(margin, w, p, dual_of(norm, p @ Z))
 
 

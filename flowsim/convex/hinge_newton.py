@@ -98,7 +98,8 @@ class _Springs:
     def of(programme: Programme, at: HingedIterate, v: PerNeuron) -> "_Springs":
         live, (above, s), (up, down) = programme.live, at.hinges.slacks, at.hinges.forces
         excess = torch.where(live, s - programme.z - programme.along(v) - above, 0.0)
-        a, b = torch.where(live, up / above, 0.0), torch.where(live, down / s, 1.0)
+        a = torch.where(live, up / above, 0.0)
+        b = torch.where(live, down / s, 1.0)
         return _Springs(live, at.hinges, a, b, excess, programme.largest_force(at.p))
 
     @property
@@ -155,7 +156,8 @@ class _Metric:
 
     @staticmethod
     def of(programme: Programme, springs: _Springs, ball: BallNewton) -> "_Metric":
-        d, blocks = programme.inputs, programme.curb.clone()
+        d = programme.inputs
+        blocks = programme.curb.clone()
         blocks[:, :d, :d] += (programme.x.mT * springs.stiffness[:, None, :]) @ programme.x
         blocks.diagonal(dim1=1, dim2=2).add_(programme.blocked(ball.stiff))
         scale = blocks.diagonal(dim1=1, dim2=2).rsqrt()
@@ -210,7 +212,8 @@ class HingedNewton:
     @staticmethod
     def of(programme: Programme, at: HingedIterate, gap: float, mu: float) -> "HingedNewton":
         """The equations, with a temperature that is never far below the ``gap``."""
-        v, temperature = programme.blocked(at.ball.v), max(programme.temperature, 0.1 * gap)
+        v = programme.blocked(at.ball.v)
+        temperature = max(programme.temperature, 0.1 * gap)
         springs = _Springs.of(programme, at, v)
         g = programme.flat(programme.gradient(at.p, at.hinges.forces[0], v))
         metric = _Metric.of(programme, springs, at.ball.newton(g, at.targets(mu, None)[0]))
@@ -241,7 +244,8 @@ class HingedNewton:
 
     def _on_simplex(self, missed: PerRow) -> tuple[PerRow, float]:
         """dp with schur·dp − level = missed and Σ dp = 1 − Σp; and the level."""
-        free, shift = self._solve(missed), self._solve(torch.ones_like(missed))
+        free = self._solve(missed)
+        shift = self._solve(torch.ones_like(missed))
         level = (1 - self.at.p.sum() - free.sum()) / shift.sum()
         return free + level * shift, float(level)
 
@@ -264,7 +268,8 @@ def _row_stiffness(programme: Programme, springs: _Springs) -> Float[Tensor, "R 
 def _cholesky(matrix: Float[Tensor, "*m D D"]) -> Float[Tensor, "*m D D"]:
     """The root of a matrix with unit diagonal, or of many, with the least ridge that rounding asks
     for."""
-    ridge, eye = 0.0, torch.eye(matrix.shape[-1]).to(matrix)
+    ridge = 0.0
+    eye = torch.eye(matrix.shape[-1]).to(matrix)
     while ridge < 1e-4:
         root, info = torch.linalg.cholesky_ex(matrix + ridge * eye)
         if not bool(info.any()) and bool(torch.isfinite(root).all()):

@@ -57,7 +57,8 @@ def solve_hinged(
 
 def _begun(programme: Programme, norm: Norm) -> HingedIterate:
     """The usual start: v at the middle of the ball, weights between softmax and equal."""
-    live, p = programme.live, _first_weights(programme)
+    live = programme.live
+    p = _first_weights(programme)
     force = programme.largest_force(p) / 2
     g = programme.flat(programme.columns(p) - programme.forces_on_weights(force))
     mu = 0.1 / (2 * (g.numel() + int(live.sum())))
@@ -92,7 +93,8 @@ def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
 def _feasible(programme: Programme, norm: Norm, at: HingedIterate) -> Optimum:
     """The feasible points nearest to an iterate, and their duality gap, free of cancellation."""
     v = at.ball.v / norm.value(at.ball.v).clamp_min(1.0)
-    blocks, p = programme.blocked(v), at.p / at.p.sum()
+    blocks = programme.blocked(v)
+    p = at.p / at.p.sum()
     largest = programme.largest_force(p).clamp_min(0)
     f = torch.where(programme.live, torch.minimum(at.hinges.forces[0], largest), 0.0)
     reach = torch.where(programme.live, programme.z, 0.0) + programme.along(blocks)

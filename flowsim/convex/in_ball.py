@@ -17,6 +17,7 @@ from torch import Tensor
 from flowsim.convex.outer import Outer
 from flowsim.convex.smoothed import smoothed_dual
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import Row
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Minimum:
     """The best point v of the ball, dual variables p that prove it to the duality ``gap``, Newton
     steps taken."""
 
-    v: Float[Tensor, " P"]
+    v: Row
     p: Float[Tensor, " n"]
     gap: float
     newton: int
@@ -48,7 +49,9 @@ def minimise_in_ball(
     # near the solution already, or from the centre of the ball
     mu = 0.1 if start is None else 1e-7
     p = outer.begin(b) if start is None else outer.inside(start, mu)
-    best, stale, hopeful = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0), 0, start is not None
+    best = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0)
+    stale = 0
+    hopeful = start is not None
     for count in range(1, max_steps + 1):
         try:
             step = search.step(p, mu)
@@ -58,10 +61,12 @@ def minimise_in_ball(
         best = replace(step.best if step.best.gap < best.gap else best, newton=count)
         if best.gap <= tol or stale > (3 if best.gap < 1e-9 else 15) or mu < 1e-18:
             break
-        p, mu = step.p, step.mu
+        p = step.p
+        mu = step.mu
         if hopeful and step.length < 0.9 and best.gap > 100 * mu:
             # not as close as it looked: back onto the central path further up
-            mu, hopeful = min(0.1, best.gap / 30), False
+            mu = min(0.1, best.gap / 30)
+            hopeful = False
             p = outer.inside(p, mu)
     return best
 
@@ -85,7 +90,8 @@ class _PathFollowing:
 
     def step(self, p: Tensor, mu: float) -> _Step:
         """A step of Newton's method from p at μ; ArithmeticError if it fails."""
-        conjugate, ball = self.outer.dual(p, mu), smoothed_dual(self.norm, p @ self.a, mu)
+        conjugate = self.outer.dual(p, mu)
+        ball = smoothed_dual(self.norm, p @ self.a, mu)
         residual = self.b + conjugate.slope + self.a @ ball.gradient
         curved = ball.hessian(self.a)  # AH (n, P)
         d = self._newton(residual, conjugate.diagonal, curved @ self.a.mT, 1 - p.sum())

@@ -50,14 +50,20 @@ def is_linear(norm: Norm) -> bool:
 
 def linear_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
     """The optimum in ℓ1 or ℓ∞, by HiGHS (in SciPy); ArithmeticError where it finds none."""
-    P, lowest = programme.size, programme.lowest
-    goal, rows, equal = programme.goal, programme.rows, programme.equal
+    P = programme.size
+    lowest = programme.lowest
+    goal = programme.goal
+    rows = programme.rows
+    equal = programme.equal
     if isinstance(norm, L1):  # u = plus − minus
-        goal, rows = _in_parts(goal, P), _in_parts(rows, P)
-        low, high = np.zeros(2 * P), np.full(2 * P, np.inf)
+        goal = _in_parts(goal, P)
+        rows = _in_parts(rows, P)
+        low = np.zeros(2 * P)
+        high = np.full(2 * P, np.inf)
         ball = np.append(np.ones(2 * P), np.zeros(len(lowest)))[None]
     else:
-        low, high = -np.ones(P), np.ones(P)
+        low = -np.ones(P)
+        high = np.ones(P)
         ball = np.zeros((0, len(goal)))
     found = linprog(
         -goal,

@@ -64,7 +64,8 @@ class SoftMaximum:
         return p / p.sum()
 
     def dual(self, p: Tensor, mu: float) -> Conjugate:
-        heat, log = max(self.temperature, mu), torch.log(p)
+        heat = max(self.temperature, mu)
+        log = torch.log(p)
         value = heat * (p * log).sum() - 0.5 * mu * log.sum()
         slope = heat * (1 + log) - 0.5 * mu / p
         return Conjugate(value, slope, heat / p + 0.5 * mu / p**2)

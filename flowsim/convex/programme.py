@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Flat: TypeAlias = Float[Tensor, " P"]
+from flowsim.numerics.shapes import Row
+
+Flat: TypeAlias = Row
 PerNeuron: TypeAlias = Float[Tensor, "m D"]
 PerHinge: TypeAlias = Float[Tensor, "m N"]
 PerRow: TypeAlias = Float[Tensor, " R"]
@@ -107,5 +109,6 @@ class Programme:
 
     def blocked(self, v: Flat) -> PerNeuron:
         """`flat`, undone."""
-        m, d = len(self.z), self.inputs
+        m = len(self.z)
+        d = self.inputs
         return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)

@@ -25,6 +25,7 @@ from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
 from flowsim.numerics.batched import svd
+from flowsim.numerics.shapes import Row
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Smoothed:
     """N_μ at one g: its value, its gradient, and its Hessian as a map of rows ``(k, P)``."""
 
     value: Float[Tensor, ""]
-    gradient: Float[Tensor, " P"]
+    gradient: Row
     hessian: Callable[[Float[Tensor, "k P"]], Float[Tensor, "k P"]]
 
 
@@ -59,7 +60,7 @@ def supports_smoothing(norm: Norm) -> bool:
     return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
 
 
-def smoothed_dual(norm: Norm, g: Float[Tensor, " P"], mu: float) -> Smoothed:
+def smoothed_dual(norm: Norm, g: Row, mu: float) -> Smoothed:
     """N_μ of the dual of ``norm`` (bound to its layout) at g, for μ > 0."""
     if isinstance(norm, Max | Sum | Euclidean):
         return _of_blocks(norm, g, mu)
@@ -106,11 +107,13 @@ def _box(s: Tensor, mu: float) -> Curve:
 
 def _cross(s: Tensor, mu: float) -> Curve:
     """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
-    magnitude, sign = s.abs(), torch.sign(s)
+    magnitude = s.abs()
+    sign = torch.sign(s)
     top = magnitude.amax()
     # in terms of τ − max |s|, which would be lost by rounding in τ
     excess = _multiplier(torch.cat([top - magnitude, top + magnitude, top[None]]), mu)
-    near, far = excess + (top - magnitude), excess + (top + magnitude)
+    near = excess + (top - magnitude)
+    far = excess + (top + magnitude)
     tau = excess + top
     value = tau - mu * (torch.log(near) + torch.log(far)).sum() - mu * torch.log(tau)
     slope = mu * sign * (1 / near - 1 / far)
@@ -169,7 +172,8 @@ def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: floa
     def hessian(rows: Tensor) -> Tensor:
         even, odd, edge = _quotients(s, curve, mu)
         e = norm.as_matrix(rows)  # (k, m, n)
-        left, right = _from_left(u.mT, e), e @ v
+        left = _from_left(u.mT, e)
+        right = e @ v
         core = _from_left(u.mT, right)
         twisted = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
         inner = even * (core + core.mT) / 2 + odd * (core - core.mT) / 2
@@ -194,8 +198,10 @@ def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor, Tens
 
     Rounding in them costs speed and no accuracy, as the Hessian only steers.
     """
-    f, rounded = curve.slope, torch.hypot(s, torch.full_like(s, mu))
-    gap, total = s[:, None] - s, s[:, None] + s
+    f = curve.slope
+    rounded = torch.hypot(s, torch.full_like(s, mu))
+    gap = s[:, None] - s
+    total = s[:, None] + s
     tiny = torch.finfo(s.dtype).tiny
     close = gap.abs() < 1e-4 * (rounded[:, None] + rounded)
     middle = (curve.diagonal[:, None] + curve.diagonal) / 2

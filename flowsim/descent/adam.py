@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_not_negative, require_share
@@ -15,6 +14,7 @@ from flowsim.descent.rule import Memory, Step, WithLearningRate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import Linf
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -71,7 +71,7 @@ class Adaptive(WithLearningRate):
         return {"frame": no_frame(state)} | {name: torch.zeros_like(state.w) for name in names}
 
     def plan(
-        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+        self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         frame = Frame.follow(problem, state, self._forget, head=_head(state.w.dtype))
         first, second = self._moments(state, frame)
@@ -102,7 +102,8 @@ class Adaptive(WithLearningRate):
         beta1, beta2 = self.betas
         a = b = torch.ones_like(age)
         if self.corrected and beta2 is not None:
-            a, b = 1 - beta1**age, torch.sqrt(1 - beta2**age)
+            a = 1 - beta1**age
+            b = torch.sqrt(1 - beta2**age)
         # not below the root of the smallest square, so that no gradient stays at rest
         numbers = torch.finfo(second.dtype)
         eps = frame.inside(self.eps, 1).clamp_min((numbers.tiny * numbers.eps) ** 0.5)

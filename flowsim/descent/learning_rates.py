@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import is_positive, require_positive
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -29,7 +30,7 @@ class LearningRate(Protocol):
         """Raise where the schedule has no meaning for this objective."""
         return
 
-    def log(self, age: Float[Tensor, " B"], lam: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def log(self, age: PerTrajectory, lam: PerTrajectory) -> PerTrajectory:
         """log η_k after ``age`` = k = 0, 1, … steps of the rule, at the level Λ."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from flowsim.checks import require_flag, require_instance, require_whole
@@ -14,6 +14,7 @@ from flowsim.descent.rule import Discrete
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State, initial_state
+from flowsim.numerics.shapes import PerTrajectory, Row, Rows
 from flowsim.problems.problem import Problem
 
 
@@ -25,7 +26,7 @@ class Sampled:
     whole: Problem
     batch: Problem
 
-    def ascent(self, w: Float[Tensor, "B P"]) -> tuple[Float[Tensor, " B"], Float[Tensor, "B P"]]:
+    def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """The level of the estimated loss, and its gradient."""
         lam, h = self.batch.ascent(w)
         return lam - math.log(self.whole.examples / self.batch.examples), h
@@ -73,9 +74,12 @@ class MiniBatches:
                 "examples"
             )
         given = initial_state(problem, w_or_state)
-        w, memory = given.w, given.memory
+        w = given.w
+        memory = given.memory
         if "stream" in memory:
-            stream, order, age = memory["stream"], memory["order"], memory["age"]
+            stream = memory["stream"]
+            order = memory["order"]
+            age = memory["age"]
         else:
             stream = torch.tensor([_stream(row, self.seed) for row in w], device=w.device)
             age = torch.zeros(len(w), dtype=torch.float64, device=w.device)
@@ -131,6 +135,6 @@ class MiniBatches:
         return Sampled(problem, problem.examples_of(index))
 
 
-def _stream(w: Float[Tensor, " P"], seed: int) -> int:
+def _stream(w: Row, seed: int) -> int:
     """A number for a trajectory, from its weights."""
     return zlib.crc32(w.detach().cpu().contiguous().numpy().tobytes(), seed % 2**32)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowsim.checks import require_share
 from flowsim.motion.state import State
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 
@@ -26,7 +27,7 @@ class Frame:
     """S ``(B,)``, and the factors ``(B, 1)`` that bring what is kept and h to its units; the second
     in two parts where it would overflow."""
 
-    log_unit: Float[Tensor, " B"]
+    log_unit: PerTrajectory
     keep: Float[Tensor, "B 1"]
     add: Float[Tensor, "B 1"]
     rest: Float[Tensor, "B 1"] | None
@@ -35,7 +36,8 @@ class Frame:
     def follow(objective: Objective, state: State, forget: float, head: float = 0.0) -> "Frame":
         """The frame that the gradient at ``state`` leads to; ``forget`` is what an average keeps of
         itself in a step, and ``head`` the logarithm of the largest ‖g‖_* in its units."""
-        lam, before = state.readings["lam"], state.memory["frame"]
+        lam = state.readings["lam"]
+        before = state.memory["frame"]
         scale = -lam if objective.logarithmic else torch.zeros_like(lam)  # of g over h
         newest = head - torch.log(state.memory["dual_norm"])
         oldest = torch.full_like(lam, torch.inf)
@@ -49,18 +51,18 @@ class Frame:
         keep, add, rest = torch.exp(logs).to(state.w)[..., None]
         return Frame(log_unit, keep, add, rest if bool((excess > 0).any()) else None)
 
-    def gradient(self, state: State) -> Float[Tensor, "B P"]:
+    def gradient(self, state: State) -> Rows:
         """−g in the frame's units."""
         g = self.add * state.memory["ascent"]
         return g if self.rest is None else g.mul_(self.rest)
 
-    def inside(self, value: float, power: int) -> Float[Tensor, " B"]:
+    def inside(self, value: float, power: int) -> PerTrajectory:
         """``value``, which is in units of ‖g‖_* to this power, in those of the frame."""
         log = math.log(value) if value > 0 else -math.inf
         return torch.exp(log - power * self.log_unit)
 
 
-def no_frame(state: State) -> Float[Tensor, " B"]:
+def no_frame(state: State) -> PerTrajectory:
     """S before the first gradient."""
     return torch.full_like(state.step_size, -torch.inf)
 

@@ -18,6 +18,7 @@ from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L2
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -108,7 +109,7 @@ class Muon(WithLearningRate):
         return self.momentum.blank(state)
 
     def plan(
-        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+        self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         followed, own = self.momentum.followed(problem, state)
         if self.polar is None:
@@ -119,7 +120,8 @@ class Muon(WithLearningRate):
 
     def _approximate(self, polar: NewtonSchulz, layout: Layout, followed: Tensor) -> Tensor:
         """The direction with the matrices' factors from ``polar``."""
-        parts, scales = [], self.scales or {}
+        parts = []
+        scales = self.scales or {}
         for block in layout:
             part = block.of(followed)
             matrix = len(block.shape) > 1

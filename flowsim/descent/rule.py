@@ -8,7 +8,6 @@ from functools import cached_property
 from html import escape
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_not_negative
@@ -18,6 +17,7 @@ from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State, Status, initial_state
 from flowsim.norms.norm import Norm
 from flowsim.numerics.quadrature import log_mean_exp
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 Memory = dict[str, Tensor]
@@ -31,15 +31,16 @@ class Step:
     ``log_time`` is the logarithm of the time that it takes, None where that is the steepest flow's
     for this path."""
 
-    move: Float[Tensor, "B P"]
-    length: Float[Tensor, " B"] | None = None
-    log_time: Float[Tensor, " B"] | None = None
+    move: Rows
+    length: PerTrajectory | None = None
+    log_time: PerTrajectory | None = None
 
 
 def _seen(objective: Objective, norm: Norm, w: Tensor) -> tuple[Tensor, Memory]:
     """Λ at w, and what a step wants to know there: h = ∇Λ, ‖h‖_* and ‖w‖. One gradient."""
     lam, h = objective.ascent(w)
-    dual_norm, size = norm.dual(h).double(), norm.value(w).double()
+    dual_norm = norm.dual(h).double()
+    size = norm.value(w).double()
     return lam.double(), {"ascent": h, "dual_norm": dual_norm, "size": size}
 
 
@@ -86,7 +87,7 @@ def take(
 
 def _readings(
     objective: Objective, norm: Norm, state: State, step: Step, there: Memory
-) -> dict[str, Float[Tensor, " B"]]:
+) -> dict[str, PerTrajectory]:
     """The readings at the end of a step that has led ``there``, by the trapezoidal rule."""
     here = state.memory | {"lam": state.readings["lam"]}
     length = norm.value(step.move).double() if step.length is None else step.length
@@ -215,7 +216,7 @@ class WithLearningRate(Discrete):
 
     @abstractmethod
     def plan(
-        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+        self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         """The step with log η_k = ``log_lr`` and without decay, and what is remembered after
         it."""

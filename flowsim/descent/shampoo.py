@@ -17,6 +17,7 @@ from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
 from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import svd
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -76,10 +77,12 @@ class Shampoo(WithLearningRate):
         return own
 
     def plan(
-        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+        self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         frame = Frame.follow(problem, state, 1.0 if self.beta is None else math.sqrt(self.beta))
-        own, parts, ascent = {"frame": frame.log_unit}, [], frame.gradient(state)
+        own = {"frame": frame.log_unit}
+        parts = []
+        ascent = frame.gradient(state)
         eps = frame.inside(self.eps, 2).to(state.w)
         for i, block in enumerate(problem.layout):
             G = _matrix(block, ascent)
@@ -94,13 +97,14 @@ class Shampoo(WithLearningRate):
     def _moments(self, i: int, G: Tensor, state: State, frame: Frame) -> dict[str, Tensor]:
         """What is remembered of block i, in the frame's units; nothing without accumulation."""
         kept, weight = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
-        factor, moments = kept * (frame.keep**2)[..., None], {}
+        factor = kept * (frame.keep**2)[..., None]
+        moments = {}
         for side, new in ((f"left{i}", G @ G.mT), (f"right{i}", G.mT @ G)):
             if side in state.memory:
                 moments[side] = factor * state.memory[side] + weight * new
         return moments
 
-    def _direction(self, G: Tensor, moments: list[Tensor], eps: Float[Tensor, " B"]) -> Tensor:
+    def _direction(self, G: Tensor, moments: list[Tensor], eps: PerTrajectory) -> Tensor:
         """(L + ε)^{−p} G (R + ε)^{−p}; with one moment (L + ε)^{−2p} G; with none those of G
         alone."""
         if len(moments) == 2:
@@ -122,7 +126,7 @@ def _matrix(block: Block, w: Tensor) -> Float[Tensor, "B m n"]:
 
 
 def _power(
-    moment: Float[Tensor, "B m m"], eps: Float[Tensor, " B"], power: float
+    moment: Float[Tensor, "B m m"], eps: PerTrajectory, power: float
 ) -> Float[Tensor, "B m m"]:
     """(M + ε)^power, zero on eigenvectors where M + ε is zero."""
     values, basis = torch.linalg.eigh(moment)

@@ -42,7 +42,8 @@ class SmallStep:
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
         state = begin(problem, self.norm.bind(problem.layout), w_or_state)
-        none, nowhere = torch.zeros_like(state.w), torch.zeros_like(state.readings["lam"])
+        none = torch.zeros_like(state.w)
+        nowhere = torch.zeros_like(state.readings["lam"])
         return replace(state, segment=_segment(problem, state, state, none, nowhere))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_flag, require_instance
@@ -15,6 +14,7 @@ from flowsim.motion.clocks import log_time_rate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm, require_norm
 from flowsim.norms.vector import L1, L2, Linf
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -68,12 +68,13 @@ class SteepestDescent(WithLearningRate):
         return {} if self.momentum is None else self.momentum.blank(state)
 
     def plan(
-        self, problem: Objective, norm: Norm, state: State, log_lr: Float[Tensor, " B"]
+        self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         # log ‖g‖_*: one over the rate dt/ds
         log_force = -log_time_rate(problem, state.readings["lam"], state.memory["dual_norm"])
         own: Memory = {}
-        followed, log_strength = state.memory["ascent"], log_force
+        followed = state.memory["ascent"]
+        log_strength = log_force
         if self.momentum is not None:
             followed, own = self.momentum.followed(problem, state)
             log_strength = own["frame"] + torch.log(norm.dual(followed).double())

@@ -74,7 +74,8 @@ class TorchOptimiser(Discrete):
 
     def _stepped(self, problem: Objective, state: State) -> tuple[Tensor, Memory]:
         """The weights after a step of the optimiser of one trajectory, and what it remembers."""
-        lam, ascent = state.readings["lam"], state.memory["ascent"]
+        lam = state.readings["lam"]
+        ascent = state.memory["ascent"]
         scale = torch.exp(-lam) if problem.logarithmic else torch.ones_like(lam)
         slopes = self._parts(problem.layout, -scale.to(ascent)[:, None] * ascent)
         parameters = self._parameters(problem.layout, state.w)
@@ -105,7 +106,8 @@ class TorchOptimiser(Discrete):
             raise ValueError(
                 f"TorchOptimiser: {self.name} cannot step from a gradient alone ({error})"
             ) from None
-        found, B = _remembered(optimiser, parameters), len(state.w)
+        found = _remembered(optimiser, parameters)
+        B = len(state.w)
         return {name: value.new_zeros(B, *value.shape) for name, value in found.items()}
 
 

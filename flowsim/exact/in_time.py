@@ -21,7 +21,8 @@ def smooth_quadratic(
 
     A is the ``metric``, the identity (ℓ2) where not given. Linear regression has H = XᵀX.
     """
-    H, minimiser = np.asarray(matrix, dtype=float), np.asarray(minimiser, dtype=float)
+    H = np.asarray(matrix, dtype=float)
+    minimiser = np.asarray(minimiser, dtype=float)
     rate = H if metric is None else np.linalg.solve(np.asarray(metric, dtype=float), H)
     away = np.asarray(w0, dtype=float) - minimiser
     path = np.stack([minimiser + expm(-rate * time) @ away for time in np.ravel(t)])
@@ -36,13 +37,17 @@ def difference_of_squares(
 
     β = u² − v² = 2α² sinh(4Xᵀν). Of the N numbers ν an ordinary differential equation is left,
     solved here to 10⁻¹²."""
-    x, y, times = np.asarray(x, dtype=float), np.asarray(y, dtype=float), np.ravel(t)
-    order, span = np.argsort(times), (0.0, float(times.max()))
+    x = np.asarray(x, dtype=float)
+    y = np.asarray(y, dtype=float)
+    times = np.ravel(t)
+    order = np.argsort(times)
+    span = (0.0, float(times.max()))
 
     def residual(_: float, nu: Array) -> Array:
         return y - x @ (2 * alpha**2 * np.sinh(4 * x.T @ nu))
 
-    zero, tight = np.zeros(len(y)), {"rtol": 1e-12, "atol": 1e-14}
+    zero = np.zeros(len(y))
+    tight = {"rtol": 1e-12, "atol": 1e-14}
     nu = solve_ivp(residual, span, zero, "DOP853", times[order], **tight).y
     growth = np.exp(2 * x.T @ nu).T[np.argsort(order)]
     return alpha * np.concatenate([growth, 1 / growth], -1).reshape(*np.shape(t), -1)
@@ -56,7 +61,8 @@ def difference_of_squares_limit(
 
     By its dual, max ⟨ν, y⟩ − Σ 2α² cosh(Xᵀν), with β = 2α² sinh(Xᵀν) (Woodworth et al. 2020,
     Theorem 1)."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    x = np.asarray(x, dtype=float)
+    y = np.asarray(y, dtype=float)
     dual = minimize(
         lambda nu: 2 * alpha**2 * np.cosh(x.T @ nu).sum() - nu @ y,
         np.zeros(len(y)),

@@ -84,7 +84,8 @@ def min_norm(problem: Problem, norm: Norm) -> MinNorm:
             f"min_norm: got the {problem.loss.name} loss, expected a regression, "
             "try loss=flowsim.squared"
         )
-    rows, norm = _jacobian(problem).flatten(0, 1).numpy(), norm.bind(problem.layout)
+    rows = _jacobian(problem).flatten(0, 1).numpy()
+    norm = norm.bind(problem.layout)
     y = problem.y.reshape(-1).double().cpu().numpy()
     if not y.any():
         raise ValueError("min_norm: got targets that are all 0, which w = 0 fits, expected others")

@@ -125,7 +125,8 @@ def forward_stagewise(x: Float[Array, "N d"], y: Float[Array, " N"]) -> Polyline
 
     The direction is a convex combination of the signed columns of largest correlation, the one
     whose fit is nearest to the origin. Equals the lasso's path while that is monotone."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    x = np.asarray(x, dtype=float)
+    y = np.asarray(y, dtype=float)
     return _pieces(x, np.linalg.lstsq(x, y)[0], np.zeros(x.shape[1]), L1())
 
 
@@ -136,13 +137,16 @@ def _pieces(root: Float[Array, "R P"], minimiser: Array, w: Array, norm: Norm) -
     direction = _l1_direction if isinstance(norm, L1) else _linf_direction
     g = root.T @ (root @ (minimiser - w))
     dual = dual_of(norm, g)
-    path, tie = [(w, 0.0, dual)], 1e-10 * dual
+    path = [(w, 0.0, dual)]
+    tie = 1e-10 * dual
     while dual > tie:
         u = direction(root, g, tie)
         slope = root.T @ (root @ u)
         kappa = float(u @ slope)
         step = min(dual / kappa, _first_to_join(g, slope, dual, kappa, norm, tie))
-        w, g, dual = w + step * u, g - step * slope, max(dual - kappa * step, 0.0)
+        w = w + step * u
+        g = g - step * slope
+        dual = max(dual - kappa * step, 0.0)
         path.append((w, path[-1][1] + step, dual))
     corners, lengths, duals = zip(*path, strict=True)
     return Polyline(np.stack(corners), np.array(lengths), np.array([*duals[:-1], 0.0]))
@@ -153,9 +157,11 @@ def _first_to_join(
 ) -> float:
     """The arclength until another coordinate of g − s·slope ties."""
     if isinstance(norm, L1):  # dual − κs = ±(g − s·slope)
-        ahead, faster = dual - np.r_[g, -g], kappa - np.r_[slope, -slope]
+        ahead = dual - np.r_[g, -g]
+        faster = kappa - np.r_[slope, -slope]
     else:  # g = s·slope
-        ahead, faster = np.abs(g), np.sign(g) * slope
+        ahead = np.abs(g)
+        faster = np.sign(g) * slope
     joins = (ahead > tie) & (faster > 1e-12 * np.abs(slope).max())
     return float((ahead[joins] / faster[joins]).min(initial=math.inf))
 

@@ -37,7 +37,8 @@ class Ray:
 
     def margin(self, s: ArrayLike) -> Array:
         """q(s), the margin of every example; Λ = q − log m."""
-        s, power = np.asarray(s, dtype=float), 1 / self.degree
+        s = np.asarray(s, dtype=float)
+        power = 1 / self.degree
         if self.degree == 1:
             return self.q0 + self.gamma * s
         return (self.q0**power + self.gamma**power * s) ** self.degree
@@ -64,7 +65,8 @@ class Ray:
         def late(q: float) -> float:
             return self._log_time_of(q) - log_t
 
-        high, power = self.q0 + 1, 1 / self.degree
+        high = self.q0 + 1
+        power = 1 / self.degree
         while late(high) < 0:
             high = self.q0 + 2 * (high - self.q0)
         q = brentq(late, self.q0 + 1e-300, high, xtol=1e-14, rtol=1e-14)
@@ -94,7 +96,8 @@ def one_example(z: ArrayLike, w0: ArrayLike, norm: Norm) -> Ray:
 
     Where z has several, this is one of them, and the margin is the same in all.
     """
-    z, w0 = np.asarray(z, dtype=float), np.asarray(w0, dtype=float)
+    z = np.asarray(z, dtype=float)
+    w0 = np.asarray(w0, dtype=float)
     direction = norm.steepest(torch.from_numpy(z)).numpy()
     return Ray(w0, direction, float(z @ w0), float(norm.dual(torch.from_numpy(z))))
 

@@ -81,7 +81,8 @@ class TeacherStudent(Part):
     test: Count = 1000
 
     def draw(self, seeds: list[int]) -> Drawn:
-        n, teacher = self.n, {"teacher_width": self.teacher_width, "active": self.active}
+        n = self.n
+        teacher = {"teacher_width": self.teacher_width, "active": self.active}
         x, y = data.teacher_student(n + self.test, self.d, seed=seeds, **teacher)
         test = Data(x[:, n:], y[:, n:]) if self.test else None
         return Data(x[:, :n], y[:, :n]), test

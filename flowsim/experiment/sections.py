@@ -181,7 +181,9 @@ class Descent(DiscretePart):
     def discrete(self, layout: Layout) -> Discrete:
         names = {"l1": "coordinate descent", "l2": "gradient descent", "linf": "sign descent"}
         norm = norm_from_word(self.norm, layout)
-        name, lr, momentum = names.get(norm.name, ""), made(self.lr), made(self.momentum)
+        name = names.get(norm.name, "")
+        lr = made(self.lr)
+        momentum = made(self.momentum)
         return SteepestDescent(norm, lr, self.normalized, name, momentum, self.decay)
 
 

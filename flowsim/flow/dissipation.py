@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_fraction, require_instance, require_positive
@@ -19,6 +18,7 @@ from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Target
 from flowsim.motion.state import State, initial_state
 from flowsim.norms.vector import L2
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 
@@ -30,9 +30,7 @@ class Potential(Protocol):
     def label(self) -> str:
         """What plots and tables call the flow."""
 
-    def velocity(
-        self, a: Float[Tensor, "B P"], sigma: Float[Tensor, " B"]
-    ) -> tuple[Tensor, Tensor]:
+    def velocity(self, a: Rows, sigma: PerTrajectory) -> tuple[Tensor, Tensor]:
         """v ``(B, P)`` and the logarithm r ``(B,)`` of its unit: ∇ψ*(e^σ·a) = e^r·v."""
 
 
@@ -56,7 +54,8 @@ class SmoothSign:
     def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         c = math.log(self.eps) - sigma  # log ε in the units of a
         unit = c.clamp_min(0.0)
-        small, large = torch.exp(c - unit).to(a)[:, None], torch.exp(-unit).to(a)[:, None]
+        small = torch.exp(c - unit).to(a)[:, None]
+        large = torch.exp(-unit).to(a)[:, None]
         size = a.abs() * large + small
         return a / torch.where(size > 0, size, 1.0), -unit
 

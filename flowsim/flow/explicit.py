@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.flow.field import Field, Sample, require_smooth, sample_of
@@ -27,6 +26,7 @@ from flowsim.motion.clocks import Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State
 from flowsim.numerics.quadrature import log_mean_exp
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -72,7 +72,8 @@ class RungeKutta(Method):
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""
-        first, dt = sample_of(state), state.step_size
+        first = sample_of(state)
+        dt = state.step_size
         w, error, samples = runge_kutta(self, partial(field, objective), state.w, first, dt)
         elapsed, doubt = self._elapsed(samples, dt)
         late = torch.exp(doubt - torch.logaddexp(state.readings["log_time"], elapsed))
@@ -91,7 +92,8 @@ class RungeKutta(Method):
     ) -> State:
         """The state after an accepted step; readings by the quadrature of the pair."""
         *inner, last = samples
-        dt, gains = state.step_size, {}
+        dt = state.step_size
+        gains = {}
         for name in last.rates:
             gains[name] = dt * combine(self.stages[-1], [s.rates[name] for s in inner])
         step = segment_between(objective, state, w, samples[0], last, dt)
@@ -102,19 +104,20 @@ class RungeKutta(Method):
         """The pair's solution at half the step, less the cubic's there."""
         if self.middle is None:
             return torch.zeros_like(w)
-        tau, velocities = state.step_size.to(w)[:, None], [s.velocity for s in samples]
+        tau = state.step_size.to(w)[:, None]
+        velocities = [s.velocity for s in samples]
         middle = state.w + tau * combine(self.middle, velocities)
         return middle - 0.5 * (state.w + w) - 0.125 * tau * (velocities[0] - velocities[-1])
 
-    def _elapsed(
-        self, samples: list[Sample], dt: Tensor
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    def _elapsed(self, samples: list[Sample], dt: Tensor) -> tuple[PerTrajectory, PerTrajectory]:
         """log of the flow time that the step takes, and log of its error.
 
         Λ can move by many units in a step, and log dt/dτ with it. A log rate that is linear is
         integrated exactly; the pair's quadrature sees only the difference."""
         rates = torch.stack([s.log_time_rate for s in samples])
-        first, last, peak = rates[0], rates[-1], rates.amax(0)
+        first = rates[0]
+        last = rates[-1]
+        peak = rates.amax(0)
         linear = log_mean_exp(first, last)
         rest = [
             torch.exp(rate - peak) - torch.exp(first + c * (last - first) - peak)
@@ -165,12 +168,14 @@ def runge_kutta(
     field: Callable[[Tensor], Sample],
     w: Tensor,
     first: Sample,
-    dt: Float[Tensor, " B"],
+    dt: PerTrajectory,
 ) -> tuple[Tensor, Tensor, list[Sample]]:
     """One step of size dt from w, where the field is ``first``: the new point, its error vector,
     all samples."""
     tau = dt.to(w)[:, None]
-    samples, velocities, point = [first], [first.velocity], w
+    samples = [first]
+    velocities = [first.velocity]
+    point = w
     for row in pair.stages:
         point = w + tau * combine(row, velocities)
         samples.append(field(point))

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.motion.clocks import Clock, Speed, log_time_rate
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 
@@ -21,12 +21,12 @@ class Sample:
     ``rates`` holds dx/dτ of arclength, relative arclength and dissipated level, per unit of the
     clock τ; ``log_time_rate`` is log dt/dτ."""
 
-    velocity: Float[Tensor, "B P"]
-    lam: Float[Tensor, " B"]
-    ascent: Float[Tensor, "B P"]
-    dual_norm: Float[Tensor, " B"]
-    rates: dict[str, Float[Tensor, " B"]]
-    log_time_rate: Float[Tensor, " B"]
+    velocity: Rows
+    lam: PerTrajectory
+    ascent: Rows
+    dual_norm: PerTrajectory
+    rates: dict[str, PerTrajectory]
+    log_time_rate: PerTrajectory
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Field:
     rtol: float = 1e-4
     atol: float = 1e-12
 
-    def __call__(self, objective: Objective, w: Float[Tensor, "B P"]) -> Sample:
+    def __call__(self, objective: Objective, w: Rows) -> Sample:
         """The field where ∇Λ is one vector and the norm has one steepest direction."""
         lam, h = objective.ascent(w)
         return self.sample(objective, w, lam, h, self.norm.steepest(h))
@@ -71,7 +71,7 @@ def speed_of(clock: Clock) -> Speed:
     return clock.speed
 
 
-def per_length(speed: Float[Tensor, " B"], length: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def per_length(speed: PerTrajectory, length: PerTrajectory) -> PerTrajectory:
     """speed/‖w‖; 0 at w = 0, where relative arclength is infinite: it counts from the first point
     that is not."""
     tiny = torch.finfo(length.dtype).tiny

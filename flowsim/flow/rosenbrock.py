@@ -40,9 +40,10 @@ from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import bmm_one_by_one
 from flowsim.numerics.quadrature import hermite
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
-Solve = Callable[[Float[Tensor, "B P"]], Float[Tensor, "B P"]]
+Solve = Callable[[Rows], Rows]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Rosenbrock(Method):
         def velocity(w: Tensor) -> Tensor:
             return evaluate(field, objective, w).velocity
 
-        first, dt = sample_of(state), state.step_size
+        first = sample_of(state)
+        dt = state.step_size
         root = objective.curvature(state.w)
         solve = damping(field.norm, root, self.gamma * dt)
         w, error = attempt(self, velocity, solve, state.w, first, dt)
@@ -118,7 +120,8 @@ class Rosenbrock(Method):
         solve: Solve,
     ) -> State:
         """The state after an accepted step to w."""
-        first, dt = sample_of(state), state.step_size
+        first = sample_of(state)
+        dt = state.step_size
         path = smoothed(solve, segment_between(objective, state, w, first, last, dt))
         gains = gains_along(field.norm, path, dt)
         elapsed = log_elapsed_in(objective, first, last, dt)
@@ -155,7 +158,7 @@ ROS34PW2 = Rosenbrock(
 conditions."""
 
 
-def damping(norm: Norm, root: Float[Tensor, "B R P"], size: Float[Tensor, " B"]) -> Solve:
+def damping(norm: Norm, root: Float[Tensor, "B R P"], size: PerTrajectory) -> Solve:
     """v ↦ (1 + size·A⁻¹CᵀC)⁻¹v by Woodbury's identity, from the factor of 1 + size·CA⁻¹Cᵀ ``(B, R,
     R)``."""
     raised = norm.dual(root)[..., None] * norm.steepest(root)  # A⁻¹ of every row of C
@@ -189,7 +192,7 @@ def attempt(
     solve: Solve,
     w: Tensor,
     first: Sample,
-    dt: Float[Tensor, " B"],
+    dt: PerTrajectory,
 ) -> tuple[Tensor, Tensor]:
     """One step of size dt from w, where the field is ``first``: the new point and its error vector.
 
@@ -205,8 +208,8 @@ def attempt(
 
 
 def _errors_of_level(
-    root: Float[Tensor, "B R P"], error: Float[Tensor, "B P"], last: Sample
-) -> tuple[Float[Tensor, " B"], ...]:
+    root: Float[Tensor, "B R P"], error: Rows, last: Sample
+) -> tuple[PerTrajectory, ...]:
     """|⟨h, e⟩|/max(1, |Λ|) and ‖Ce‖₂."""
     rise = (last.ascent * error).sum(-1).abs().double()
     spread = bmm_one_by_one(root, error[..., None])[..., 0]
@@ -232,9 +235,7 @@ def evaluate(field: Field, objective: Objective, w: Tensor) -> Sample:
 _NODES, _WEIGHTS = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(4))
 
 
-def gains_along(
-    norm: Norm, path: Segment, dt: Float[Tensor, " B"]
-) -> dict[str, Float[Tensor, " B"]]:
+def gains_along(norm: Norm, path: Segment, dt: PerTrajectory) -> dict[str, PerTrajectory]:
     """∫‖dw‖, ∫‖dw‖/‖w‖ and ∫‖w'‖² dτ = ∫‖h‖_* ds of the cubic through both ends of a step, by Gauss
     quadrature."""
     gained = {name: torch.zeros_like(dt) for name in ("arclength", "relative", "dissipated")}

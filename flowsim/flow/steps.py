@@ -16,6 +16,7 @@ from flowsim.motion.clocks import Clock, Target
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State, Status
 from flowsim.numerics.quadrature import log_elapsed
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
@@ -83,18 +84,18 @@ class Controller:
         return torch.where(excess <= 1, grown, shrunk)
 
 
-def length(v: Tensor) -> Float[Tensor, " B"]:
+def length(v: Tensor) -> PerTrajectory:
     """‖v‖₂ in double precision."""
     return torch.linalg.vector_norm(v, dim=-1).double()
 
 
-def first_size(w: Tensor, sample: Sample) -> Float[Tensor, " B"]:
+def first_size(w: Tensor, sample: Sample) -> PerTrajectory:
     """A step that moves by a thousandth of the weights' size, or of a unit; rejection corrects
     it."""
     return 1e-3 * torch.where(length(w) > 0, length(w), 1.0) / length(sample.velocity)
 
 
-def error_of_weights(field: Field, w0: Tensor, w1: Tensor, error: Tensor) -> Float[Tensor, " B"]:
+def error_of_weights(field: Field, w0: Tensor, w1: Tensor, error: Tensor) -> PerTrajectory:
     """‖e‖₂/(atol + rtol·‖w‖₂) for the error vector e of a step from w0 to w1."""
     largest = torch.maximum(length(w0), length(w1))
     return length(error) / (field.atol + field.rtol * largest)
@@ -102,7 +103,7 @@ def error_of_weights(field: Field, w0: Tensor, w1: Tensor, error: Tensor) -> Flo
 
 def excess_of(
     field: Field, w0: Tensor, w1: Tensor, error: Tensor, last: Sample, *others: Tensor
-) -> Float[Tensor, " B"]:
+) -> PerTrajectory:
     """The largest of `error_of_weights` and ``others`` over rtol; infinite where one of these, or
     the field ``last`` at w1, is no number."""
     excess = error_of_weights(field, w0, w1, error)
@@ -153,7 +154,7 @@ def count_attempt(state: State, accepted: Tensor, **counts: float | Tensor) -> S
 
 
 def stop_if_stuck(
-    state: State, move: Float[Tensor, " B"], finite: Bool[Tensor, " B"], least: float = 0.0
+    state: State, move: PerTrajectory, finite: Bool[Tensor, " B"], least: float = 0.0
 ) -> State:
     """The state, stopped where it cannot go on: where the length ``move`` of the next attempt is
     within rounding of the weights, because the last one was not ``finite`` or was no good."""
@@ -184,12 +185,13 @@ def segment_between(
     w: Tensor,
     a: Sample,
     b: Sample,
-    dt: Float[Tensor, " B"],
+    dt: PerTrajectory,
     readings: dict[str, Tensor] | None = None,
 ) -> Segment:
     """The step of ``dt`` units of the clock from ``state`` to ``w``, with the field at both ends
     and the readings at the end (by default a step of no length)."""
-    tau, log_dt = dt.to(w)[:, None], torch.log(dt)
+    tau = dt.to(w)[:, None]
+    log_dt = torch.log(dt)
     here = state.readings | {"lam": a.lam}
     time_slope0, time_slope1 = _log_rate_slopes(objective, a, b, dt)
     return Segment(
@@ -209,9 +211,7 @@ def segment_between(
     )
 
 
-def log_elapsed_in(
-    objective: Objective, a: Sample, b: Sample, dt: Float[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: PerTrajectory) -> PerTrajectory:
     """log of the flow time that a step of ``dt`` units of the clock takes, from the field at both
     ends."""
     slopes = _log_rate_slopes(objective, a, b, dt)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.numerics.batched import bmm
+from flowsim.numerics.shapes import Outputs, Rows
 
 Weights = Sequence[Tensor]
 
@@ -45,13 +46,12 @@ class Tape:
     slopes: tuple[Tensor, ...]
 
 
-def forward(
-    weights: Weights, x: Tensor, activation: Activation
-) -> tuple[Float[Tensor, "B N C"], Tape]:
+def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Outputs, Tape]:
     """Outputs f(x) and the tape."""
     *hidden, last = weights
     a = x.expand(len(last), *x.shape[-2:])
-    inputs, slopes = [a], []
+    inputs = [a]
+    slopes = []
     for W in hidden:
         z = bmm(a, W.mT)
         a = activation.value(z)
@@ -69,14 +69,14 @@ def sensitivities(tape: Tape, c: Float[Tensor, "B N K C"]) -> list[Float[Tensor,
     return deltas[::-1]
 
 
-def pullback(tape: Tape, c: Float[Tensor, "B N C"]) -> Float[Tensor, "B P"]:
+def pullback(tape: Tape, c: Outputs) -> Rows:
     """Jᵀc: the gradient of ⟨c, f⟩."""
     deltas = sensitivities(tape, c[:, :, None])
     layers = zip(deltas, tape.inputs, strict=True)
     return torch.cat([bmm(delta[:, :, 0].mT, a).flatten(1) for delta, a in layers], 1)
 
 
-def pushforward(tape: Tape, v: Float[Tensor, "B P"]) -> Float[Tensor, "B N C"]:
+def pushforward(tape: Tape, v: Rows) -> Outputs:
     """Jv: the derivative of the outputs along one direction in weight space."""
     parts = v.split([W[0].numel() for W in tape.weights], 1)
     first, *later = (part.view_as(W) for part, W in zip(parts, tape.weights, strict=True))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowsim.checks import is_finite, is_positive, require_whole
-from flowsim.layout import PerTrajectory
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 # --------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from flowsim.layout import PerTrajectory
 from flowsim.motion.clocks import Target
 from flowsim.motion.state import State, tree_map
+from flowsim.numerics.shapes import PerTrajectory
 
 
 class Rule(Protocol):
@@ -50,10 +50,13 @@ def advance_by_steps(
     Trajectories leave the batch once they stop or have reached their own target; no step is
     shortened for it."""
     while budget > 0 and bool((waiting := pending(state, until)).any()):
-        rows, whole = waiting.nonzero().squeeze(1), bool(waiting.all())
+        rows = waiting.nonzero().squeeze(1)
+        whole = bool(waiting.all())
         part, local, goal = problem, state, until
         if not whole:
-            part, local, goal = problem.select(rows), state.select(rows), until.select(rows)
+            part = problem.select(rows)
+            local = state.select(rows)
+            goal = until.select(rows)
         while budget > 0 and bool(pending(local, goal).all()):
             local = step(part, local)
             budget -= 1

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.motion.clocks import Target
 from flowsim.numerics.quadrature import hermite, log_elapsed
+from flowsim.numerics.shapes import PerKink, PerTrajectory, Rows
 
 
 @dataclass(frozen=True)
@@ -16,10 +15,10 @@ class Segment:
     """The last natural step, from u = 0 to u = 1: both ends, and derivatives in u. Its dense output
     is `at`."""
 
-    w0: FlatRows
-    w1: FlatRows
-    slope0: FlatRows
-    slope1: FlatRows
+    w0: Rows
+    w1: Rows
+    slope0: Rows
+    slope1: Rows
     readings0: dict[str, PerTrajectory]
     readings1: dict[str, PerTrajectory]
     lam_slope0: PerTrajectory
@@ -28,12 +27,12 @@ class Segment:
     time_rate1: PerTrajectory
     time_slope0: PerTrajectory | None = None  # its derivative in u; None: linear
     time_slope1: PerTrajectory | None = None
-    bend: FlatRows | None = None  # what the cubic through both ends lacks at u = 1/2
+    bend: Rows | None = None  # what the cubic through both ends lacks at u = 1/2
     # of kinks, None for rules that do not select them
-    multipliers0: Float[Tensor, "B K"] | None = None
-    multipliers1: Float[Tensor, "B K"] | None = None
+    multipliers0: PerKink | None = None
+    multipliers1: PerKink | None = None
 
-    def at(self, u: PerTrajectory) -> tuple[FlatRows, dict[str, PerTrajectory]]:
+    def at(self, u: PerTrajectory) -> tuple[Rows, dict[str, PerTrajectory]]:
         """Weights and readings inside the step; exact at both ends.
 
         Weights and Λ by cubic Hermite interpolation, whose error is of fourth order in the step (of
@@ -46,12 +45,13 @@ class Segment:
         readings = {name: self.reading(name, u) for name in self.readings0}
         return _with_ends(column, self.w0, w, self.w1), readings
 
-    def multipliers(self, u: PerTrajectory) -> Float[Tensor, "B K"] | None:
+    def multipliers(self, u: PerTrajectory) -> PerKink | None:
         """Multipliers of kinks inside the step; exact at both ends.
 
         Linear in u, also for a pair that begins or ceases to slide in the step: when is not known.
         NaN for one that crosses, for which the sign of z decides."""
-        a, b = self.multipliers0, self.multipliers1
+        a = self.multipliers0
+        b = self.multipliers1
         if a is None or b is None:
             return None
         column = u.to(a)[:, None]
@@ -61,7 +61,8 @@ class Segment:
 
     def reading(self, name: str, u: PerTrajectory) -> PerTrajectory:
         """A reading inside the step; exact at both ends."""
-        a, b = self.readings0[name], self.readings1[name]
+        a = self.readings0[name]
+        b = self.readings1[name]
         if name == "lam":
             inner = hermite(u, a, b, self.lam_slope0, self.lam_slope1)
         elif name == "dissipated":
@@ -77,7 +78,8 @@ class Segment:
 
     def _log_time(self, u: PerTrajectory) -> PerTrajectory:
         """log t, with the time spent in the step scaled to end at the recorded reading."""
-        a, b = self.readings0["log_time"], self.readings1["log_time"]
+        a = self.readings0["log_time"]
+        b = self.readings1["log_time"]
         rates = self.time_rate0, self.time_rate1
         linear = rates[1] - rates[0]
         slope0 = linear if self.time_slope0 is None else self.time_slope0
@@ -90,8 +92,10 @@ class Segment:
     def locate(self, target: Target) -> PerTrajectory:
         """The first u, to rounding, at which the clock shows the target's value; 1 where the end is
         the first."""
-        name, value = target.clock.reading, target.value
-        low, high = torch.zeros_like(value), torch.ones_like(value)
+        name = target.clock.reading
+        value = target.value
+        low = torch.zeros_like(value)
+        high = torch.ones_like(value)
         for _ in range(52):
             middle = 0.5 * (low + high)
             reached = self.reading(name, middle) >= value

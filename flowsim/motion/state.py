@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.motion.segment import Segment
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 # --------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class State:
       lam 0, steps 0
     """
 
-    w: FlatRows
+    w: Rows
     readings: dict[str, PerTrajectory]
     tallies: dict[str, PerTrajectory]
     status: Int[Tensor, " B"]

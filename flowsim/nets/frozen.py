@@ -100,7 +100,8 @@ def _require_value(block: Block, value: Any) -> None:
         raise ValueError(
             f"Frozen: got {block.name} = {value!r}, expected a tensor of finite numbers"
         )
-    shape, axes = tuple(value.shape), len(block.shape)
+    shape = tuple(value.shape)
+    axes = len(block.shape)
     if shape[-axes:] != block.shape or len(shape) > axes + 1:
         raise ValueError(
             f"Frozen: {block.name} has shape {shape}, expected {block.shape}, or one such array "

@@ -223,7 +223,8 @@ class RowByRow(Face):
     def project(self, v: Tensor) -> Tensor:
         mask = self.mask[..., None]
         # the side that will be thrown away gets a zero, which costs its root finding nothing
-        yes, no = torch.where(mask, v, 0.0), torch.where(mask, 0.0, v)
+        yes = torch.where(mask, v, 0.0)
+        no = torch.where(mask, 0.0, v)
         return torch.where(mask, self.yes.project(yes), self.no.project(no))
 
 
@@ -312,7 +313,8 @@ def onto_mixture(
         return (radii(mu) ** power).sum(-1) - 1
 
     at_zero = torch.stack([ray.slope(zero) for ray in kept], -1)
-    low, high = zero, lengths(at_zero)
+    low = zero
+    high = lengths(at_zero)
     if power == 1:
         # at the largest slope(1) one block alone uses up sum r = 1, at the largest slope(0) every r
         # is 0

@@ -104,7 +104,8 @@ class Norm(ABC):
     def _face(self, g: Tensor, atol: Tensor) -> Face:
         """`face` with an absolute tolerance ``(*batch)``, which blocks inherit from the whole
         gradient."""
-        face, zero = self._ties_at(g, atol), self.dual(g) <= atol
+        face = self._ties_at(g, atol)
+        zero = self.dual(g) <= atol
         if not bool(zero.any()):
             return face
         return RowByRow(zero, WholeBall(self, torch.zeros_like(g)), face)

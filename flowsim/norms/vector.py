@@ -15,6 +15,7 @@ from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import rows_times
 from flowsim.numerics.roots import find_zero
 from flowsim.numerics.scaling import lengths, nonzero, scaled, unit
+from flowsim.numerics.shapes import Row
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Linf(Norm):
         return v.clamp(-1.0, 1.0)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        free, sign = g.abs() <= atol[..., None], _sign(g)
+        free = g.abs() <= atol[..., None]
+        sign = _sign(g)
         return Box(torch.where(free, -1.0, sign), torch.where(free, 1.0, sign))
 
 
@@ -207,14 +209,15 @@ class Mahalanobis(Norm):
 
     def _nearest(self, v: Tensor) -> Tensor:
         # x = (I + lam A)^-1 v; the residual lam A x has dual norm lam on the sphere
-        u, stretch = self._rotate(v), self._stretch(v)
+        u = self._rotate(v)
+        stretch = self._stretch(v)
 
         def shrunk(lam: Tensor) -> Tensor:
             return u / (1 + lam[..., None] * stretch**2)
 
         return self._rotate_back(_onto_sphere(shrunk, lambda x: lengths(stretch * x), self.dual(v)))
 
-    def _stretch(self, v: Tensor) -> Float[Tensor, " P"]:
+    def _stretch(self, v: Tensor) -> Row:
         return self._eigenvalues.to(v).sqrt()
 
     def _rotate(self, v: Tensor) -> Tensor:
@@ -262,7 +265,7 @@ def _shrink(a: Tensor, lam: Tensor, p: float) -> Tensor:
     return torch.where(a == 0, 0.0, z if p > 2 else z**e)
 
 
-def _spectrum(matrix: Tensor) -> tuple[Float[Tensor, " P"], Float[Tensor, "P P"] | None]:
+def _spectrum(matrix: Tensor) -> tuple[Row, Float[Tensor, "P P"] | None]:
     """Eigenvalues and eigenvectors of a positive definite matrix; None for the eigenvectors of a
     diagonal."""
     if matrix.ndim not in (1, 2) or matrix.shape[0] != matrix.shape[-1]:
@@ -286,7 +289,8 @@ _DEFINITE = "a positive definite one"
 
 
 def _require_definite(eigenvalues: Tensor, least: float) -> None:
-    low, high = float(eigenvalues.amin()), float(eigenvalues.amax())
+    low = float(eigenvalues.amin())
+    high = float(eigenvalues.amax())
     if low <= least:
         got = f"with eigenvalues from {low:.3g} to {high:.3g}"
         raise _refused(got, _DEFINITE, "adding c * eye(P)")

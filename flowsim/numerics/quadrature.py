@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_PerRow = Float[Tensor, " B"]
+from flowsim.numerics.shapes import PerTrajectory
+
+_PerRow = PerTrajectory
 
 
 def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:
@@ -22,7 +24,8 @@ def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:
 def hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
     """The cubic with values a, b and derivatives da, db at u = 0 and 1."""
     gap = b - a
-    square, cube = 3 * gap - 2 * da - db, da + db - 2 * gap
+    square = 3 * gap - 2 * da - db
+    cube = da + db - 2 * gap
     return a + u * (da + u * (square + u * cube))
 
 

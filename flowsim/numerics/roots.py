@@ -30,8 +30,10 @@ def find_zero(
     bracket = _Bracket.around(f, low, high)
     eps = torch.finfo(low.dtype).eps
     atol = max(xtol, eps**2) * bracket.width
-    at_low, at_high = bracket.f1 <= ftol, bracket.f2 >= -ftol
-    best, done = torch.where(at_low, bracket.x1, bracket.x2), at_low | at_high
+    at_low = bracket.f1 <= ftol
+    at_high = bracket.f2 >= -ftol
+    best = torch.where(at_low, bracket.x1, bracket.x2)
+    done = at_low | at_high
     t = torch.full_like(best, 0.5)
     for _ in range(_MOST):
         x = torch.where(done, best, bracket.at(t))
@@ -76,15 +78,23 @@ class _Bracket:
     def with_point(self, x: Tensor, fx: Tensor) -> "_Bracket":
         """A point between the ends takes the place of the end on its side."""
         same = (fx > 0) == (self.f1 > 0)
-        x3, f3 = torch.where(same, self.x1, self.x2), torch.where(same, self.f1, self.f2)
-        x2, f2 = torch.where(same, self.x2, self.x1), torch.where(same, self.f2, self.f1)
+        x3 = torch.where(same, self.x1, self.x2)
+        f3 = torch.where(same, self.f1, self.f2)
+        x2 = torch.where(same, self.x2, self.x1)
+        f2 = torch.where(same, self.f2, self.f1)
         return _Bracket(x, x2, x3, fx, f2, f3)
 
     def guess(self) -> Tensor:
         """Where between x1 (0) and x2 (1) the inverse parabola through the points is zero, if it is
         monotone there; else the middle."""
-        x1, x2, x3, f1, f2, f3 = self.x1, self.x2, self.x3, self.f1, self.f2, self.f3
-        xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)
+        x1 = self.x1
+        x2 = self.x2
+        x3 = self.x3
+        f1 = self.f1
+        f2 = self.f2
+        f3 = self.f3
+        xi = (x1 - x2) / (x3 - x2)
+        phi = (f1 - f2) / (f3 - f2)
         smooth = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi)
         from_x2 = f1 / (f2 - f1) * f3 / (f2 - f3)
         from_x3 = (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (f3 - f2)

@@ -132,7 +132,8 @@ def _known(x: Array, y: Array) -> Array:
 def _read(grid: Array, x: Array, y: Array) -> Array:
     """One trajectory's y(x), where both are known, at the places of a grid."""
     known = _known(x, y)
-    x, y = x[known], y[known]
+    x = x[known]
+    y = y[known]
     order = np.argsort(x, kind="stable")
     return np.interp(grid, x[order], y[order])
 

@@ -67,7 +67,8 @@ def digits(
     raw = load_digits()
     names = torch.from_numpy(raw.target)
     chosen = torch.isin(names, torch.tensor(list(classes)))
-    images, names = torch.from_numpy(raw.data)[chosen] / 16, names[chosen]
+    images = torch.from_numpy(raw.data)[chosen] / 16
+    names = names[chosen]
     if not (isinstance(n, int) and 0 < n < len(names)):
         most = len(names) - 1
         raise ValueError(

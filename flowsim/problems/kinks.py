@@ -26,8 +26,8 @@ from torch import Tensor
 
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
-from flowsim.layout import FlatRows, PerTrajectory
 from flowsim.numerics.batched import bmm
+from flowsim.numerics.shapes import Outputs, PerKink, PerPair, PerTrajectory, Rows
 from flowsim.problems.losses import Loss
 
 
@@ -40,13 +40,13 @@ class Hinges:
     normals n_k, ``combine(c)`` is Σ_k c_k n_k ``(B, P)`` and ``along(v)`` is ⟨n_k, v⟩ ``(B, K)``.
     """
 
-    z: Float[Tensor, "B K"]
-    jump: Float[Tensor, "B K"]
-    base: FlatRows
+    z: PerKink
+    jump: PerKink
+    base: Rows
     combine: Callable[[Tensor], Tensor]
     along: Callable[[Tensor], Tensor]
 
-    def gradient(self, multipliers: Float[Tensor, "B K"]) -> FlatRows:
+    def gradient(self, multipliers: PerKink) -> Rows:
         return self.base + self.combine(self.jump * multipliers)
 
 
@@ -84,11 +84,11 @@ def require_sides(method: str, sides: tuple[int, ...]) -> None:
 
 
 def release_sides(
-    multipliers: Float[Tensor, "B K"],
+    multipliers: PerKink,
     released: Bool[Tensor, "B K"],
     before: PerTrajectory,
     sides: tuple[int, ...],
-) -> Float[Tensor, "B K"]:
+) -> PerKink:
     """The side that each kink takes, 0 for z < 0 and 1 for z > 0, where no force holds it any more.
 
     The releases of a trajectory are counted step by step, and in one step by the index of the kink;
@@ -106,9 +106,6 @@ def release_sides(
 # --------------------------------------------------------------------------------------------------
 # Two-layer nets
 # --------------------------------------------------------------------------------------------------
-
-PerPair = Float[Tensor, "B N m"]
-"""One number for each pair of an example and a neuron."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +177,11 @@ class TwoLayer:
         own = multipliers.gather(1, index)
         return torch.where(self.coefficient[..., None] > 0, own, 1 - own)
 
-    def at(self, w: FlatRows) -> "NetAt":
+    def at(self, w: Rows) -> "NetAt":
         """The net and its kinks at these weights. One forward pass."""
-        B, m, d = len(w), self.width, self.x.shape[-1]
+        B = len(w)
+        m = self.width
+        d = self.x.shape[-1]
         first = w[:, : m * d].view(B, m, d)
         last = w[:, m * d :].view(B, -1, m)
         z = bmm(self.x, first.mT)
@@ -203,9 +202,9 @@ class NetAt:
     last: Float[Tensor, "B C m"]
     z: PerPair
     hidden: PerPair
-    outputs: Float[Tensor, "B N C"]
+    outputs: Outputs
     lam: PerTrajectory
-    cotangent: Float[Tensor, "B N C"]
+    cotangent: Outputs
     force: PerPair
 
     @property
@@ -222,13 +221,13 @@ class NetAt:
         """The net linearised with these slopes, as the kernels want it."""
         return Tape((self.first, self.last), (self.net.x, self.hidden), (slopes,))
 
-    def gradient(self, slopes: PerPair) -> FlatRows:
+    def gradient(self, slopes: PerPair) -> Rows:
         """∇Λ with these slopes."""
         first = bmm((self.force * slopes).mT, self.net.x)
         last = bmm(self.cotangent.mT, self.hidden)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
-    def along(self, v: FlatRows) -> PerPair:
+    def along(self, v: Rows) -> PerPair:
         """How z changes along v: ⟨n, v⟩ for every pair."""
         first = v[:, : self.first[0].numel()].view_as(self.first)
         return bmm(self.net.x, first.mT)
@@ -236,11 +235,11 @@ class NetAt:
     def hinges(self) -> Hinges:
         """All kinks in a row, k = i·m + j."""
 
-        def combine(c: Float[Tensor, "B K"]) -> FlatRows:
+        def combine(c: PerKink) -> Rows:
             first = bmm(c.view_as(self.z).mT, self.net.x)
             return torch.cat([first.flatten(1), torch.zeros_like(self.last).flatten(1)], 1)
 
-        def along(v: FlatRows) -> Float[Tensor, "B K"]:
+        def along(v: Rows) -> PerKink:
             return self.along(v).flatten(1)
 
         base = self.gradient(self.slopes(torch.zeros_like(self.z)))

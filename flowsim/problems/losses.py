@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.layout import PerTrajectory
 from flowsim.numerics.batched import bmm_one_by_one
-from flowsim.problems.readings import Outputs, Pairwise, Reading, Residual, Signed, SoftPairwise
+from flowsim.numerics.shapes import Outputs, PerTrajectory
+from flowsim.problems.readings import Pairwise, Reading, Residual, Signed, SoftPairwise
 from flowsim.problems.tails import EXPONENTIAL, HALF_SQUARE, LOGISTIC, Elementwise, Tail
 
 
@@ -142,7 +142,8 @@ def exponential_tail(
     and for Φ'(u)·u non-decreasing on u ≥ 0; both are checked on a grid, as are the derivative and
     the inverse."""
     u = torch.linspace(-5, 30, 3501, dtype=torch.float64)
-    value, rate = phi(u), slope(u)
+    value = phi(u)
+    rate = slope(u)
     if not (rate > 0).all():
         at = float(u[rate.argmin()])
         raise ValueError(f"{name}: Φ' is {float(rate.min()):g} at u = {at:g}, expected Φ' > 0")

@@ -5,7 +5,8 @@ from typing import Protocol, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.layout import FlatRows, Layout, PerTrajectory
+from flowsim.layout import Layout
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.kinks import Hinges
 
 
@@ -40,16 +41,16 @@ class Objective(Protocol):
     def logarithmic(self) -> bool:
         """Whether the level is the logarithm of one over a loss."""
 
-    def lam(self, w: FlatRows) -> PerTrajectory:
+    def lam(self, w: Rows) -> PerTrajectory:
         """The level."""
 
-    def ascent(self, w: FlatRows) -> tuple[PerTrajectory, FlatRows]:
+    def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """The level and its gradient h; at a kink, the element that autograd returns."""
 
-    def hinges(self, w: FlatRows) -> Hinges:
+    def hinges(self, w: Rows) -> Hinges:
         """The kinks of the level at these weights; called only where ``kinks`` is true."""
 
-    def curvature(self, w: FlatRows) -> Float[Tensor, "B R P"]:
+    def curvature(self, w: Rows) -> Float[Tensor, "B R P"]:
         """C with CᵀC = −∇²(level) up to a multiple of hhᵀ, and without the curvature of a net's
         outputs."""
 

@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import FlatRows, Layout, PerTrajectory
+from flowsim.layout import Layout
 from flowsim.nets.mlp import MLP
 from flowsim.nets.net import Net
+from flowsim.numerics.shapes import Outputs, PerTrajectory, Rows
 from flowsim.problems.kinks import Hinges, TwoLayer
 from flowsim.problems.losses import Loss
-from flowsim.problems.readings import Outputs, checked_targets
+from flowsim.problems.readings import checked_targets
 
 
 @dataclass(frozen=True)
@@ -85,31 +86,31 @@ class Problem:
         """N, the number of examples of each trajectory."""
         return self.x.shape[-2]
 
-    def outputs(self, w: FlatRows) -> Outputs:
+    def outputs(self, w: Rows) -> Outputs:
         """f(x; w) on the data."""
         return self.net.outputs(w, self.x)
 
-    def lam(self, w: FlatRows) -> PerTrajectory:
+    def lam(self, w: Rows) -> PerTrajectory:
         """Λ = log(1/𝓛), finite where 𝓛 itself underflows."""
         return self.loss.lam(self.outputs(w), self.y)
 
-    def ascent(self, w: FlatRows) -> tuple[PerTrajectory, FlatRows]:
+    def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """Λ and h = ∇Λ = −∇𝓛/𝓛."""
         outputs, pull = self.net.linearize(w, self.x)
         lam, cotangent = self.loss.ascent(outputs, self.y)
         return lam, pull(cotangent)
 
-    def curvature(self, w: FlatRows) -> Float[Tensor, "B NC P"]:
+    def curvature(self, w: Rows) -> Float[Tensor, "B NC P"]:
         """FᵀJ, with J the Jacobian of the outputs and F the factor of the loss's curvature
         (`Loss.curvature`)."""
         return self.loss.curved(self.outputs(w), self.y, self.net.jacobian(w, self.x))
 
-    def margins(self, w: FlatRows) -> Float[Tensor, "B N"]:
+    def margins(self, w: Rows) -> Float[Tensor, "B N"]:
         """The margin of each example, y f(x) or f_y − max of the others: positive where it is
         classified right."""
         return self.loss.reading.margins(self.outputs(w), self.y)
 
-    def weights(self, w: FlatRows) -> Float[Tensor, "B M"]:
+    def weights(self, w: Rows) -> Float[Tensor, "B M"]:
         """p = |ℓ'| / Σ|ℓ'|, the share of each example (of each pairwise gap, for that loss) in the
         descent."""
         return self.loss.weights(self.outputs(w), self.y)
@@ -131,7 +132,7 @@ class Problem:
         x = self.x if self._own_x else self.x[None]
         return TwoLayer.on(x, self.y, self.loss, net.activation, net.widths[1])
 
-    def hinges(self, w: FlatRows) -> Hinges:
+    def hinges(self, w: Rows) -> Hinges:
         return self.two_layer(len(w)).at(w).hinges()
 
     def check_weights(self, w: Tensor) -> None:
@@ -224,5 +225,6 @@ def _fitted(net: Net, x: Tensor) -> tuple[Net, int]:
 
 
 def _outputs_of(net: Net, x: Tensor) -> int:
-    one, example = net.select(torch.tensor([0])), x.flatten(0, -2)[:1]
+    one = net.select(torch.tensor([0]))
+    example = x.flatten(0, -2)[:1]
     return one.outputs(one.init(0).to(x), example).shape[-1]

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import as_floats, as_tensor, require_weights
-from flowsim.layout import FlatRows, Layout, PerTrajectory, lay_out
+from flowsim.layout import Layout, lay_out
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.kinks import Hinges, parallels
 
 
@@ -36,13 +37,13 @@ class _Form(ABC):
         return lay_out({"w": self.shape or (self.size,)})
 
     @abstractmethod
-    def ascent(self, w: FlatRows) -> tuple[PerTrajectory, FlatRows]:
+    def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """The level and its gradient."""
 
-    def lam(self, w: FlatRows) -> PerTrajectory:
+    def lam(self, w: Rows) -> PerTrajectory:
         return self.ascent(w)[0]
 
-    def curvature(self, w: FlatRows) -> Float[Tensor, "B P P"]:
+    def curvature(self, w: Rows) -> Float[Tensor, "B P P"]:
         return self._square_root.to(w).expand(len(w), -1, -1)
 
     @cached_property
@@ -161,7 +162,8 @@ class PiecewiseQuadratic(_Form):
             )
 
     def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        r, z = w - self.minimiser, w @ self.normals.mT
+        r = w - self.minimiser
+        z = w @ self.normals.mT
         smooth = 0.5 * (r @ self.matrix * r).sum(-1)
         level = -smooth - w @ self.slope - z.clamp_min(0) @ self.weights
         above = (z > 0).to(w) * self.weights

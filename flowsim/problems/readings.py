@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowsim.checks import as_tensor
-
-Outputs = Float[Tensor, "B N C"]
+from flowsim.numerics.shapes import Outputs
 
 Back = Callable[[Tensor], Tensor]
 """From a cotangent of q (B, M) to the cotangent of f (B, N, C)."""
@@ -173,7 +172,8 @@ class Residual(Reading):
     axes = 2
 
     def as_targets(self, y: Tensor, loss: str, examples: torch.Size, outputs: int) -> Tensor:
-        full, shared = (*examples, outputs), (examples[-1], outputs)
+        full = (*examples, outputs)
+        shared = (examples[-1], outputs)
         shape = tuple(y.shape)
         if shape in (full, shared):
             return y.double()

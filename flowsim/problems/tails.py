@@ -52,7 +52,8 @@ def _logistic_inverse(lam: Tensor) -> Tensor:
     """−log(expm1(𝓛)) at 𝓛 = e^{−Λ}; for small 𝓛 it is Λ − 𝓛/2 + O(𝓛²), for large 𝓛 −𝓛 −
     log1p(−e^{−𝓛})."""
     loss = torch.exp(-lam)
-    tiny, large = loss < 1e-8, loss > 1
+    tiny = loss < 1e-8
+    large = loss > 1
     middle = torch.where(tiny | large, torch.ones_like(loss), loss)
     small = torch.where(tiny, lam - loss / 2, -torch.log(torch.expm1(middle)))
     return torch.where(large, -loss - torch.log1p(-torch.exp(-loss)), small)

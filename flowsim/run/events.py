@@ -56,7 +56,8 @@ class Event:
     def sentence(self) -> str:
         """The event in words."""
         made = getattr(self.measure, "__qualname__", "measure").partition(".<locals>")[0]
-        sign, end = "≤" if self.falling else "≥", ", then stop" if self.stop else ""
+        sign = "≤" if self.falling else "≥"
+        end = ", then stop" if self.stop else ""
         return f"{self.name or made} {sign} {self.level:g}{end}"
 
     def reached(self, problem: Objective, state: State, who: str) -> Bool[Tensor, " B"]:
@@ -129,7 +130,8 @@ class Watch:
         for _ in range(_HALVINGS if state.segment is not None else 0):
             middle = 0.5 * (low + high)
             reached = self._reached(name, self._inside(state, middle))
-            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+            low = torch.where(reached, low, middle)
+            high = torch.where(reached, middle, high)
         return high
 
     def _inside(self, state: State, u: Float[Tensor, " B"]) -> State:

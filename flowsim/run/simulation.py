@@ -72,7 +72,8 @@ def simulate(
     Trajectory. With a ``directory``, the state is written there every ``checkpoint_seconds``, and
     the Trajectory at the end."""
     _check_options(until, observe, events, max_steps)
-    events, began = events or {}, wallclock.monotonic()
+    events = events or {}
+    began = wallclock.monotonic()
     weights = w0.w if isinstance(w0, State) else w0
     problem.check_weights(weights)
     problem = problem.like(weights)
@@ -258,7 +259,8 @@ class _Recorder:
         return point
 
     def _keep(self, point: State, due: Tensor) -> None:
-        rows, index = due.nonzero().squeeze(1).cpu().numpy(), self.next[due].cpu().numpy()
+        rows = due.nonzero().squeeze(1).cpu().numpy()
+        index = self.next[due].cpu().numpy()
         tallies = {f"tally_{name}": tally for name, tally in point.tallies.items()}
         with torch.no_grad():
             observed, witnessed = (

@@ -169,7 +169,8 @@ def _packed(state: State, name: str, part: State) -> State:
 
 def _resting(state: State) -> Segment:
     """A step of no length that has led to the state: what indivisible steps show."""
-    zero, none = torch.zeros_like(state.w), torch.zeros_like(state.step_size)
+    zero = torch.zeros_like(state.w)
+    none = torch.zeros_like(state.step_size)
     readings = state.readings
     return Segment(state.w, state.w, zero, zero, readings, readings, none, none, none, none)
 

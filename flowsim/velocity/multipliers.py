@@ -68,7 +68,8 @@ def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vect
 def _by_least_squares(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """‖h‖_*² = ⟨h, A⁻¹h⟩ is a quadratic form in the forces c·D, which are in a box."""
     inverse = norm.dual(kinks.n)[:, None] * norm.steepest(kinks.n)  # A⁻¹n (K, P)
-    gram, pull = kinks.n @ inverse.mT, inverse @ kinks.b
+    gram = kinks.n @ inverse.mT
+    pull = inverse @ kinks.b
     sweeps = 40 + 4 * len(kinks.c)
     solved = box.solve_box(
         gram[None, None], pull[None, None], kinks.c[None, None], max_sweeps=sweeps
@@ -94,7 +95,8 @@ def _by_linear_programme(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Te
 def _by_splitting(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """The unit ball and the kinks c max(⟨n, u⟩, 0) are the parts."""
     length = torch.linalg.vector_norm(kinks.n, dim=-1)
-    unit, c = kinks.n / length[:, None], kinks.c * length
+    unit = kinks.n / length[:, None]
+    c = kinks.c * length
 
     def prox(z: Tensor, rho: float) -> Tensor:
         return torch.where(z > 0, (z - c / rho).clamp_min(0), z)

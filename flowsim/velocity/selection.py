@@ -175,7 +175,8 @@ class _Place:
         for these."""
         free = self.on & (self.hinges.jump < 0)
         D = (self.side & ~free).to(self.hinges.z)
-        b, normals = self.hinges.gradient(D), _normals(self.hinges, free)
+        b = self.hinges.gradient(D)
+        normals = _normals(self.hinges, free)
         index = [row.nonzero()[:, 0] for row in free]
         c = [-jump[k] for jump, k in zip(self.hinges.jump, index, strict=True)]
         return D, list(map(AttractingKinks, b, normals, c, index))
@@ -238,7 +239,8 @@ def _directions(objective: Objective, norm: Norm, w: _Rows, least: _Least, tol: 
     u = norm.steepest(least.h)
     if not norm.ties:
         return u
-    face, probe = norm.face(least.h, tol), _probe(w).expand_as(w)
+    face = norm.face(least.h, tol)
+    probe = _probe(w).expand_as(w)
     width = face.support(probe) + face.support(-probe)
     tied = (width > FLAT * norm.dual(probe)) & (norm.dual(least.h) > 0)
     for row in tied.nonzero():

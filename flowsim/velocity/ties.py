@@ -38,8 +38,10 @@ def least_curved(face: Face, C: Float[Tensor, "R P"], slabs: Slabs, start: _Vect
     several."""
     _, s, seen = torch.linalg.svd(C, full_matrices=False)  # (r), (r, P)
     kept = s > 1e-7 * s.amax(-1, keepdim=True)  # curvature below rounding is none
-    s, seen = s[kept], seen[kept]
-    u, zero = start, torch.zeros_like(start)
+    s = s[kept]
+    seen = seen[kept]
+    u = start
+    zero = torch.zeros_like(start)
     if len(s):
         form = Form((s / s[0])[:, None] * seen, 0.0, zero)
         u = slabs.minimum(form, face, u).at

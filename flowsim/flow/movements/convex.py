@@ -12,13 +12,14 @@ from flowsim.convex.in_ball import Minimum, minimise_in_ball
 from flowsim.convex.outer import HalfSquare, Outer, SoftMaximum
 from flowsim.flow.movements.movement import Guess, Movement, exact, linear_reading, touching
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import Row
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 from flowsim.problems.quadratics import Quadratic
 from flowsim.problems.readings import Residual
 from flowsim.problems.tails import HALF_SQUARE
 
-_Vector = Float[Tensor, " P"]  # in the place of the weights
+_Vector = Row  # in the place of the weights
 
 SHORTEST = 1e-3  # the least part of a sweep that is taken
 
@@ -73,7 +74,8 @@ class ConvexMover:
 
     def move(self, w: _Vector, eps: float, guess: Guess | None, tol: float = 1e-15) -> Movement:
         level, h = self._ascent(w)
-        gain, still = eps * float(self.norm.dual(h)), torch.zeros_like(w)
+        gain = eps * float(self.norm.dual(h))
+        still = torch.zeros_like(w)
         if not 0 < gain < math.inf:
             none = torch.zeros(self.unknowns).to(w)
             gap = 0.0 if gain == 0 else math.inf
@@ -94,19 +96,23 @@ class ConvexMover:
     ) -> Movement:
         """`move` where the surrogate only touches the loss: Newton's method, going back while the
         level falls."""
-        v, newton = torch.zeros_like(w), 0
+        v = torch.zeros_like(w)
+        newton = 0
         for _ in range(40):
             # the ball is around w, the surrogate's zero at w + εv
             surrogate = self._surrogate(w + eps * v)
             surrogate = replace(surrogate, offset=surrogate.offset + surrogate.rows @ (-eps * v))
             found = surrogate.minimum(self.norm, eps, gain, start, 0.01 * tol)
-            start, newton = found.p, newton + found.newton
-            step, fraction = found.v - v, 1.0
+            start = found.p
+            newton = newton + found.newton
+            step = found.v - v
+            fraction = 1.0
             now, h = self._ascent(w + eps * found.v)
             while float(now) < float(level) - 1e-13 * abs(float(level)) and fraction > SHORTEST:
                 fraction /= 2
                 now, h = self._ascent(w + eps * (v + fraction * step))
-            v, level = v + fraction * step, now
+            v = v + fraction * step
+            level = now
             # of a convex function, the linearisation at the end bounds what is left to gain
             gap = float(self.norm.dual(h) - h @ v) * eps / gain
             still = float(step.abs().amax()) < math.sqrt(tol) * float(v.abs().amax())
@@ -121,11 +127,13 @@ class ConvexMover:
 
     def _surrogate(self, w: _Vector) -> _Surrogate:
         """A model of the loss around w; exponential losses are their own."""
-        objective, rows = self.objective, self._rows
+        objective = self.objective
+        rows = self._rows
         if isinstance(objective, Quadratic):
             return _Surrogate(rows, rows @ (w - objective.minimiser), soft=False)
         outputs = objective.outputs(w[None])
-        loss, y = objective.loss, objective.y
+        loss = objective.loss
+        y = objective.y
         if loss.tail is HALF_SQUARE:
             return _Surrogate(rows, loss.reading.read(outputs, y)[0][0], soft=False)
         scale, offset = touching(loss, outputs, y)

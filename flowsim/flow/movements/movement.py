@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import Row
 from flowsim.problems.losses import Loss
 from flowsim.problems.readings import Pairwise, Signed, SoftPairwise
 from flowsim.problems.tails import EXPONENTIAL
 
-_Vector = Float[Tensor, " P"]  # in the place of the weights
+_Vector = Row  # in the place of the weights
 
 
 @dataclass(frozen=True)

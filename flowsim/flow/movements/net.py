@@ -27,10 +27,11 @@ from flowsim.convex.hinged import Optimum, solve_hinged
 from flowsim.convex.programme import Programme
 from flowsim.flow.movements.movement import Guess, Movement, linear_reading, touching
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import Row
 from flowsim.problems.kinks import NetAt, release_sides
 from flowsim.problems.problem import Problem
 
-_Vector = Float[Tensor, " P"]  # in the place of the weights
+_Vector = Row  # in the place of the weights
 _Pairs = Float[Tensor, "N m"]  # one number for each example and neuron
 
 SWEEPS = 20  # the most programmes for a movement
@@ -85,7 +86,8 @@ class NetMover:
         self._farthest = _farthest(norm, self.net.x[0], w.shape[1])[:, None]
         self._signs = _signs(problem, w)
         # each row's example, the first example parallel to it, and the multiple that it is of that
-        rows, examples = len(self._signs), self.net.x.shape[1]
+        rows = len(self._signs)
+        examples = self.net.x.shape[1]
         self._example = torch.arange(rows, device=w.device) // (rows // examples)
         self._parallel = self.net.representative[0][self._example]
         self._multiple = self.net.coefficient[0][self._example, None]
@@ -103,7 +105,8 @@ class NetMover:
         z = start.z[0]
         begun = guess or Guess(torch.zeros_like(w), (z > 0).to(w).flatten())
         task = _Task(w, eps, z, begun.dual_variables.view_as(z), begun.releases)
-        sweeps, best = _Sweeps(begun.v, begun.dual_variables), None
+        sweeps = _Sweeps(begun.v, begun.dual_variables)
+        best = None
         iterate, newton = None, 0
         for _ in range(SWEEPS):
             programme = self._programme(task, sweeps.v, sweeps.multipliers.view_as(z))
@@ -111,7 +114,8 @@ class NetMover:
                 break
             aim = 1e-3 if best is None else max(0.1 * tol, 1e-3 * best.gap)
             found = self._solve(programme, aim, iterate)
-            iterate, newton = found.iterate, newton + found.newton
+            iterate = found.iterate
+            newton = newton + found.newton
             ended = self._ended(task, programme, found)
             best = ended if best is None or ended.gap < best.gap else best
             if best.gap <= tol:
@@ -145,7 +149,8 @@ class NetMover:
         slopes: Float[Tensor, "1 N m"],
     ) -> Programme:
         """With these hinges ``live``, and these slopes of all other pairs."""
-        eps, loss = task.eps, self.problem.loss
+        eps = task.eps
+        loss = self.problem.loss
         scale, margins = touching(loss, point.outputs, self.net.y)
         rows = self._rows(point, slopes, live, scale[:, None] * self._signs)
         slope, kinks, ends = (row * (eps / gain) for row in rows)
@@ -179,7 +184,8 @@ class NetMover:
 
         Activations are those of the first parallel input: for x_r = c·x the hinge of ⟨x_r, w⟩ is
         |c|(s − z) if c < 0."""
-        leak, multiple = self.net.leak, self._multiple
+        leak = self.net.leak
+        multiple = self._multiple
         pull = signs @ point.last[0]  # (R, m)
         hinged = live[self._parallel]
         beside = leak * multiple + (1 - leak) * multiple.clamp_max(0)
@@ -191,7 +197,8 @@ class NetMover:
 
     def _blocks(self, v: _Vector) -> Float[Tensor, "m D"]:
         """The inner and the outer weights of each neuron."""
-        m, d = self.net.width, self.net.x.shape[2]
+        m = self.net.width
+        d = self.net.x.shape[2]
         inner, outer = v.split([m * d, len(v) - m * d])
         return torch.cat([inner.view(m, d), outer.view(-1, m).mT], 1)
 
@@ -269,7 +276,8 @@ def _extrapolated(asked: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> _Vect
     """The next guess after sweeps that made ``given`` from ``asked`` (Anderson 1965)."""
     if len(asked) < 2:
         return given[-1]
-    ins, outs = torch.stack(asked, -1), torch.stack(given, -1)
+    ins = torch.stack(asked, -1)
+    outs = torch.stack(given, -1)
     change = outs - ins
     steps = torch.linalg.lstsq(change.diff(dim=-1), change[:, -1:], driver="gelsd").solution
     return outs[:, -1] - outs.diff(dim=-1) @ steps[:, 0]

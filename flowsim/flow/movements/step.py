@@ -37,6 +37,7 @@ from flowsim.motion.clocks import ARCLENGTH, Clock, Target
 from flowsim.motion.rule import advance_by_steps, one_by_one
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import Row
 from flowsim.problems.kinks import require_sides
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
@@ -50,7 +51,7 @@ _FIRST = 1 - _MIDDLE - _LAST
 
 _CONTROL = Controller(order=3, broken=0.4)
 
-_Vector = Float[Tensor, " P"]
+_Vector = Row
 _Number = Float[Tensor, " 1"]
 
 
@@ -105,7 +106,8 @@ class MinimisingMovement(Method):
         interpolated place are the weights of another one. Only nets with kinks need it."""
         if objective.kinks:
             for row in ((u > 0) & (u < 1)).nonzero():
-                last, local = state.select(row), point.select(row)
+                last = state.select(row)
+                local = point.select(row)
                 steps = self._steps(field, objective.select(row), last)
                 point = point.scatter(row, steps.refined(last, u[row], local))
         return point
@@ -166,8 +168,11 @@ class MovementTrial:
     @property
     def error(self) -> Float[Tensor, "1 P"]:
         """What the step lacks to third order."""
-        u, v, z = self.first.velocity, self.stage.v, self.end.v
-        middle, last = 1 - _GAMMA - _MIDDLE, _GAMMA - _LAST
+        u = self.first.velocity
+        v = self.stage.v
+        z = self.end.v
+        middle = 1 - _GAMMA - _MIDDLE
+        last = _GAMMA - _LAST
         return self.eps * (-_FIRST * u + middle * v + last * z)
 
     def mean(self, name: str) -> _Number:
@@ -227,7 +232,8 @@ class ImplicitSteps:
         if step is None or step.multipliers0 is None:
             return point
         eps = float(u * (step.readings1["arclength"] - step.readings0["arclength"]))
-        w, v = step.w0[0], step.slope0[0]
+        w = step.w0[0]
+        v = step.slope0[0]
         guess = Guess(v / self.mover.norm.value(v), step.multipliers0[0], _releases(state))
         stage, end = self._movements(w, eps, guess)
         if not max(stage.gap, end.gap) < self.mover.trusted:
@@ -238,13 +244,16 @@ class ImplicitSteps:
 
     def attempted(self, state: State) -> State:
         """The state after one attempt."""
-        w, eps = state.w[0], float(state.step_size)
-        first, variables = sample_of(state), state.memory["dual_variables"][0]
+        w = state.w[0]
+        eps = float(state.step_size)
+        first = sample_of(state)
+        variables = state.memory["dual_variables"][0]
         guess = Guess(first.velocity[0], variables, _releases(state))
         trial = self.trial(w, first, eps, guess)
         excess = self._excess(state, trial)
         size = state.step_size * _CONTROL.factor(excess)
-        accepted, moved = excess <= 1, state
+        accepted = excess <= 1
+        moved = state
         if bool(accepted):
             moved = self._moved(state, trial)
             if self.objective.degree > 1:
@@ -266,16 +275,22 @@ class ImplicitSteps:
         # inside the ball there is no steepest direction: the end is a minimiser
         interior = float(self.mover.norm.value(end.v)) < 0.999
         length = float(self.mover.norm.value(end.w - w)) if interior else eps
-        middle, last = self._sample(stage), self._sample(end)
+        middle = self._sample(stage)
+        last = self._sample(end)
         return MovementTrial(eps, first, stage, end, middle, last, length, interior)
 
     def _sample(self, at: Movement) -> Sample:
-        w, lam, h, v = at.w[None], at.lam[None], at.ascent[None], at.v[None]
+        w = at.w[None]
+        lam = at.lam[None]
+        h = at.ascent[None]
+        v = at.v[None]
         return self.field.sample(self.objective, w, lam, h, v)
 
     def _excess(self, state: State, trial: MovementTrial) -> _Number:
         """The error over its tolerance; infinite where the step is no good."""
-        first, last, error = trial.first, trial.last, trial.error
+        first = trial.first
+        last = trial.last
+        error = trial.error
         excess = error_of_weights(self.field, state.w, trial.w, error)
         rise = last.lam - first.lam
         if self.objective.logarithmic:
@@ -291,7 +306,8 @@ class ImplicitSteps:
     def _soft_margin(self, lam: _Number, w: Float[Tensor, "1 P"]) -> _Number:
         """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where
         there is none."""
-        length, objective = self.field.norm.value(w), self.objective
+        length = self.field.norm.value(w)
+        objective = self.objective
         if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
             return -torch.ones_like(lam)
         margin = objective.loss.soft_minimum(lam) / length**objective.degree
@@ -299,7 +315,8 @@ class ImplicitSteps:
 
     def _moved(self, state: State, trial: MovementTrial) -> State:
         """The state at the end of a step."""
-        first, last = trial.first, trial.last
+        first = trial.first
+        last = trial.last
         ds = torch.full_like(state.step_size, trial.length)
         elapsed = log_elapsed_in(self.objective, first, last, ds)
         before = state.readings

@@ -29,7 +29,8 @@ class PieceStep:
 
     def at(self, v: float) -> PerWeight:
         """Weights on the cubic, v from 0 to 1."""
-        a, b = self.start, self.end
+        a = self.start
+        b = self.end
         return hermite(v, a.at.w, b.at.w, self.ds * a.u, self.ds * b.u)  # type: ignore
 
     @cached_property
@@ -52,7 +53,9 @@ class PieceStep:
     @property
     def clearance(self) -> Float[Array, "3 P"]:
         """`OnPiece.clearance` half way along the cubic."""
-        a, b, face = self.start, self.end, self.start.face
+        a = self.start
+        b = self.end
+        face = self.start.face
         u = 1.5 * (b.at.w - a.at.w) / self.ds - 0.25 * (a.u + b.u)
         return np.vstack([face.missing(self.middle.unit), face.shares(u)])
 
@@ -66,7 +69,8 @@ class PieceStep:
     def relative(self) -> float:
         """Relative arclength; at w = 0 it is infinite, and counts from the first point that is
         not."""
-        a, b = self.start.at.length, self.end.at.length
+        a = self.start.at.length
+        b = self.end.at.length
         if min(a, b) == 0:
             return 0.0
         tensor = self.start.at.view.tensor
@@ -79,7 +83,8 @@ class PieceStep:
     def excess(self, rtol: float, atol: float) -> float:
         """The errors of what is read inside the step, over their tolerances: weights, level and
         time."""
-        a, b = self.start.at, self.end.at
+        a = self.start.at
+        b = self.end.at
         rise = b.lam - a.lam
         cubic = 0.5 * (a.lam + b.lam) + 0.125 * self.ds * (a.dual_norm - b.dual_norm)
         off = max(abs(cubic - self.middle.lam), abs(self.dissipated - rise)) / (1 + abs(rise))
@@ -95,8 +100,11 @@ class PieceStep:
         self, state: State, w: Float[Tensor, "1 P"], readings: dict[str, Tensor]
     ) -> Segment:
         """The step from ``state`` to these weights and readings."""
-        view, a, b = self.start.at.view, self.start.sample, self.end.sample
-        tensor, slopes = view.tensor, self.time.slopes
+        view = self.start.at.view
+        a = self.start.sample
+        b = self.end.sample
+        tensor = view.tensor
+        slopes = self.time.slopes
         plain = segment_between(view.objective, state, w, a, b, tensor(self.ds), readings)
         return replace(
             plain,
@@ -119,7 +127,8 @@ class TimeInStep(NamedTuple):
         """From start, middle and end. log dt/ds = Λ − log ‖h‖_*, without Λ where the level is no
         logarithm."""
         view = points[0].view
-        lams, duals = np.array([p.lam for p in points]), np.array([p.dual_norm for p in points])
+        lams = np.array([p.lam for p in points])
+        duals = np.array([p.dual_norm for p in points])
         a, m, b = logs = np.log(np.maximum(duals, TINY))
         if view.objective.logarithmic:
             rates = lams - logs + np.log(ds)
@@ -130,7 +139,8 @@ class TimeInStep(NamedTuple):
             ]
             elapsed = float(torch.logaddexp(*halves)) - np.log(2)
         else:  # ‖h‖_* is linear in s
-            rates, slopes = np.log(ds) - logs, (duals[0] - duals[2]) / duals
+            rates = np.log(ds) - logs
+            slopes = (duals[0] - duals[2]) / duals
             elapsed = np.log(ds) - float(log_mean_exp(view.tensor(a), view.tensor(b)))
         defect = 0.5 * (rates[0] + rates[2]) + 0.125 * (slopes[0] - slopes[2]) - rates[1]
         return TimeInStep((slopes[0], slopes[2]), defect, elapsed)

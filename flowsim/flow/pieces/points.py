@@ -141,7 +141,8 @@ class OnPiece:
     @cached_property
     def sample(self) -> Sample:
         """The field here."""
-        view, at = self.at.view, self.at
+        view = self.at.view
+        at = self.at
         w, h, u = (view.tensor(a) for a in (at.w, at.h, self.u))
         return view.field.sample(view.objective, w, view.tensor(at.lam), h, u)
 
@@ -190,10 +191,14 @@ def newton(start: OnPiece, w: PerWeight) -> OnPiece | None:
 
     It begins with the inverse from there, and takes a new one where errors fall by less than a
     fifth."""
-    inverse, error, fresh, near = start.inverse, np.inf, False, False
+    inverse = start.inverse
+    error = np.inf
+    fresh = False
+    near = False
     for _ in range(16):
         point = OnPiece(Evaluation(start.at.view, w), start.face)
-        last, error = error, point.error
+        last = error
+        error = point.error
         slow = error > 0.2 * last
         if error <= max(point.at.noise / 8, 64 * EPS):
             return point
@@ -202,7 +207,8 @@ def newton(start: OnPiece, w: PerWeight) -> OnPiece | None:
         if not np.isfinite(error + point.at.lam) or (fresh and error > last):
             return None
         if slow:
-            inverse, fresh = point.inverse, True
+            inverse = point.inverse
+            fresh = True
         move = start.face.expand(inverse.of_normal(point.slope))
         # about as near as rounding allows
         near = error < 1e-7 or np.abs(move).max() <= 64 * EPS * np.abs(w).max()
@@ -221,7 +227,8 @@ def following(point: OnPiece, level: Float[Array, "3 P"] | float) -> OnPiece:
 
     The face is that of the face QP, min ‖C v‖² over the mixtures of all corners that tie: those
     that do so just now are tried first, with those that keep a share."""
-    face, noise = point.face, point.noise / 32
+    face = point.face
+    noise = point.noise / 32
     share = face.mixture(point.u)
     new = (point.clearance - level)[:2] <= noise
     tied = new | (point.clearance[:2] <= 32 * noise) | face.used
@@ -255,7 +262,8 @@ def _quadratic(
     Hessian, and its slope where all shares are zero."""
     P = len(corner) // 2
     weight, place = np.unique(index % P, return_inverse=True)
-    columns, sign = C[:, weight], corner[index]
+    columns = C[:, weight]
+    sign = corner[index]
     gram = columns.T @ columns
     # of equal minimisers the shortest
     gram += 1e-12 * max(gram.max(initial=0.0), TINY) * np.eye(len(weight))

@@ -56,7 +56,9 @@ class Polyhedral:
 
     @staticmethod
     def _joined(norm: Max | Sum) -> "Polyhedral":
-        group, scale, first = [], [], 0
+        group = []
+        scale = []
+        first = 0
         for part in norm.blocks:
             ball = Polyhedral.of(part.norm, part.block.size)
             group.append(ball.group + first)

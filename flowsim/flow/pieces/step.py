@@ -145,7 +145,8 @@ def _attempted(here: OnPiece, state: State) -> tuple[OnPiece, State]:
     end, ds, over = _end(here, level, _reach(here, level, float(state.step_size)))
     if end is None:
         return _refused(here, state, ds / 4)
-    step, field = PieceStep(here, end, ds), here.at.view.field
+    step = PieceStep(here, end, ds)
+    field = here.at.view.field
     if (step.clearance < level - 1e-6).any():
         return _refused(here, state, ds / 2)
     excess = torch.tensor(step.excess(field.rtol, field.atol), dtype=torch.float64)
@@ -212,8 +213,10 @@ def _first_zero(visited: list[tuple[float, _Level]], low: float, high: float) ->
     ends = {s: f for s, f in visited if s in (low, high)}
     near = [*ends.items(), *(p for p in visited[-4:] if p[0] not in ends)][:4]
     falling = ends[high] < 0
-    s, f = [p[0] for p in near], np.stack([p[1][falling] for p in near])
-    first, last = ends[low][falling], ends[high][falling]
+    s = [p[0] for p in near]
+    f = np.stack([p[1][falling] for p in near])
+    first = ends[low][falling]
+    last = ends[high][falling]
     secant = low + (high - low) * first / (first - last)
     inverse = np.zeros(f.shape[1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -225,7 +228,8 @@ def _first_zero(visited: list[tuple[float, _Level]], low: float, high: float) ->
 
 def _moved(step: PieceStep, state: State) -> State:
     """The state at the end of a step, its memory still to be written."""
-    end, tensor = step.end.at, step.end.at.view.tensor
+    end = step.end.at
+    tensor = step.end.at.view.tensor
     gains = {
         "steps": 1.0,
         "arclength": step.ds,
@@ -244,7 +248,8 @@ def _moved(step: PieceStep, state: State) -> State:
 
 def _next_piece(step: PieceStep, state: State, level: _Level) -> tuple[OnPiece, State]:
     """On the piece that begins where a step has ended."""
-    end, still = following(step.end, level), step.ds <= 1e-13 * step.end.at.length
+    end = following(step.end, level)
+    still = step.ds <= 1e-13 * step.end.at.length
     stalled = int(state.memory["stalled"]) + 1 if still else 0
     state = replace(
         state,
@@ -266,8 +271,10 @@ def _refused(here: OnPiece, state: State, size: float) -> tuple[OnPiece, State]:
 def _stop_if_stuck(here: OnPiece, state: State) -> State:
     """The state, stopped where it cannot go on. A flow that ends does so about ‖h‖_*/‖Cu‖² further
     on."""
-    left, largest = here.at.dual_norm / here.curvature, float(np.abs(here.at.w).max())
-    stuck, blind = not float(state.step_size) > 4 * EPS * largest, here.noise > 1e-2
+    left = here.at.dual_norm / here.curvature
+    largest = float(np.abs(here.at.w).max())
+    stuck = not float(state.step_size) > 4 * EPS * largest
+    blind = here.noise > 1e-2
     near_its_end = left <= (1e-6 if blind or stuck else 256 * EPS) * largest
     if here.at.dual_norm < 1e-290 or near_its_end:
         status = Status.STATIONARY

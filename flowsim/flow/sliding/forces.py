@@ -20,6 +20,7 @@ from flowsim.norms.blocks import Euclidean
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L2
 from flowsim.numerics.batched import bmm
+from flowsim.numerics.shapes import PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt
 
 DENSE = 600
@@ -50,7 +51,7 @@ class Metric:
             return g
         return self.norm.dual(g)[..., None] * self.norm.steepest(g)
 
-    def stiffness(self, point: NetAt) -> Float[Tensor, "B N m"]:
+    def stiffness(self, point: NetAt) -> PerPair:
         """⟨n, A⁻¹n⟩ for every pair."""
         if self.scales is not None:
             lengths = torch.diagonal(point.net.xx, dim1=-2, dim2=-1)
@@ -94,12 +95,12 @@ class ActivePairs:
         """The place of every pair among all, row by row."""
         return (self.example * self.mask.shape[2] + self.neuron).flatten(1)
 
-    def take(self, values: Float[Tensor, "B N m"]) -> Float[Tensor, "B G c"]:
+    def take(self, values: PerPair) -> Float[Tensor, "B G c"]:
         """These values at the pairs, 0 at padding."""
         taken = values.flatten(1).gather(1, self.flat).view(self.example.shape)
         return torch.where(self.valid, taken, 0.0)
 
-    def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> Float[Tensor, "B N m"]:
+    def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> PerPair:
         """``into (B, N, m)`` with these values at the pairs."""
         # padding writes to a place of its own behind the end
         spare = torch.cat([into.flatten(1), into[:, 0, :1]], 1)
@@ -108,11 +109,11 @@ class ActivePairs:
         written = spare.scatter(1, index, values.flatten(1).to(into))
         return written[:, :end].view(into.shape)
 
-    def along(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B G c"]:
+    def along(self, v: Rows) -> Float[Tensor, "B G c"]:
         """Nv."""
         return self.take(self.point.along(v))
 
-    def combine(self, force: Float[Tensor, "B G c"]) -> Float[Tensor, "B P"]:
+    def combine(self, force: Float[Tensor, "B G c"]) -> Rows:
         """Nᵀλ."""
         spread = self.put(torch.zeros_like(self.point.z), force)
         first = bmm(spread.mT, self.point.net.x).flatten(1)
@@ -137,7 +138,8 @@ class ActivePairs:
             blocks = (metric.inverse(normals) @ normals.mT)[:, None]
         else:
             batch = torch.arange(len(self.mask), device=self.mask.device)
-            row, column = self.example[..., :, None], self.example[..., None, :]
+            row = self.example[..., :, None]
+            column = self.example[..., None, :]
             inner = self.point.net.xx[batch[:, None, None, None], row, column]
             same = self.neuron[..., :, None] == self.neuron[..., None, :]
             blocks = torch.where(same, metric.scales[0] * inner, 0.0)
@@ -163,8 +165,8 @@ class GaussNewton:
     def at(
         metric: Metric,
         point: NetAt,
-        multipliers: Float[Tensor, "B N m"],
-        gain: Float[Tensor, " B"],
+        multipliers: PerPair,
+        gain: PerTrajectory,
     ) -> "GaussNewton":
         """The damping with γτ = ``gain``, where the kinks have these multipliers."""
         tape = point.tape(point.slopes(multipliers))
@@ -178,7 +180,7 @@ class GaussNewton:
         inverse = unit / gain.to(root)[:, None, None] + root.mT @ gram @ root
         return GaussNewton(metric, tape, root, torch.linalg.inv(inverse), inverse)
 
-    def __call__(self, v: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
+    def __call__(self, v: Rows) -> Rows:
         seen = kernels.pushforward(self.tape, v)  # Jv
         inner = self.root.mT @ seen.flatten(1)[..., None]
         inner = self.root @ (self.core @ inner)
@@ -225,7 +227,8 @@ class KinkCoupling:
 def _coupled(pairs: ActivePairs, damping: GaussNewton) -> Float[Tensor, "B G c R"]:
     """N A⁻¹JᵀF; for separate neurons from ⟨n_p, ∇f_kc⟩ = a_cj φ'_kj ⟨x_p, x_k⟩ for a pair p of
     neuron j."""
-    metric, root = damping.metric, damping.root
+    metric = damping.metric
+    root = damping.root
     if metric.scales is None:
         J = kernels.jacobian(damping.tape).flatten(1, 2)
         return (metric.inverse(pairs.normals()) @ J.mT @ root)[:, None]

@@ -2,11 +2,12 @@
 the multipliers of those."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from flowsim.convex import box
 from flowsim.flow.sliding.forces import ActivePairs, Metric
+from flowsim.numerics.shapes import PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt
 
 
@@ -15,7 +16,7 @@ def between(multipliers: Tensor) -> Bool[Tensor, "..."]:
     return (multipliers > 0) & (multipliers < 1)
 
 
-def count(mask: Tensor) -> Float[Tensor, " B"]:
+def count(mask: Tensor) -> PerTrajectory:
     """How many pairs of each trajectory are in ``mask``."""
     return mask.flatten(1).sum(-1).double()
 
@@ -24,12 +25,13 @@ def on_kink(point: NetAt) -> Bool[Tensor, "B N m"]:
     """Which pairs have z = 0 to rounding."""
     inputs = torch.diagonal(point.net.xx, dim1=-2, dim2=-1).sqrt()
     weights = torch.linalg.vector_norm(point.first, dim=-1)
-    eps, d = torch.finfo(point.z.dtype).eps, point.net.x.shape[-1]
+    eps = torch.finfo(point.z.dtype).eps
+    d = point.net.x.shape[-1]
     rounding = 16 * eps * d**0.5
     return point.z.abs() <= rounding * inputs[..., None] * weights[:, None]
 
 
-def sides_at(point: NetAt, stored: Tensor | None) -> Float[Tensor, "B N m"]:
+def sides_at(point: NetAt, stored: Tensor | None) -> PerPair:
     """The stored multipliers of pairs on or within rounding of their kink, else the side that z
     shows: 0 for z < 0, 1 for z > 0."""
     shown = (point.z > 0).to(point.z)
@@ -47,15 +49,16 @@ def fraction_of(force: Tensor, upper: Tensor) -> Tensor:
 def least_gradient(
     metric: Metric,
     point: NetAt,
-    given: Float[Tensor, "B N m"],
+    given: PerPair,
     stuck: Bool[Tensor, "B N m"],
-) -> tuple[Float[Tensor, "B N m"], Float[Tensor, "B P"]]:
+) -> tuple[PerPair, Rows]:
     """Multipliers and the ∇Λ of least dual norm, over the kinks that hold the pairs in ``stuck``.
 
     The others are on the side that z shows; a stuck pair whose kink repels is let go, to the side
     whose multiplier is nearer."""
     hangs = stuck & (point.jump < 0)
-    nearer, shown = (given >= 0.5).to(given), (point.z > 0).to(point.z)
+    nearer = (given >= 0.5).to(given)
+    shown = (point.z > 0).to(point.z)
     sides = torch.where(stuck, nearer, shown)
     pairs = ActivePairs.of(point, hangs, metric.scales is not None)
     slopes = point.slopes(torch.where(hangs, 0.0, sides))

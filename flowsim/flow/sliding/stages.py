@@ -17,6 +17,7 @@ from flowsim.flow.field import Sample
 from flowsim.flow.sliding.forces import ActivePairs, GaussNewton, KinkCoupling, Metric
 from flowsim.flow.sliding.selection import between, fraction_of, on_kink, sides_at
 from flowsim.motion.state import State
+from flowsim.numerics.shapes import Outputs, PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt, TwoLayer, release_sides
 
 GAMMA = 1 - 0.5**0.5
@@ -35,16 +36,15 @@ class Impulses:
     Where nothing is foreseen θ is 0."""
 
     pairs: ActivePairs
-    low: Float[Tensor, "B N m"]
+    low: PerPair
     width: Float[Tensor, "B G c"]
 
     @staticmethod
-    def of(
-        pairs: ActivePairs, move: Float[Tensor, "B N m"], given: Float[Tensor, "B N m"]
-    ) -> "Impulses":
+    def of(pairs: ActivePairs, move: PerPair, given: PerPair) -> "Impulses":
         """The bounds for pairs that had the multipliers ``given`` and that would make the way
         ``move`` in the step."""
-        z, on = pairs.point.z, between(given) | on_kink(pairs.point)
+        z = pairs.point.z
+        on = between(given) | on_kink(pairs.point)
         arrives = (z * move < 0) & (z.abs() < move.abs()) & ~on
         share = z.abs() / torch.where(arrives, move.abs(), 1.0)
         first = torch.where(arrives, share, torch.inf).amin(1, keepdim=True)  # of each neuron
@@ -52,13 +52,11 @@ class Impulses:
         low = share * given
         return Impulses(pairs, low, pairs.take(low + 1 - share - low))
 
-    def largest(self, jump: Float[Tensor, "B N m"]) -> Float[Tensor, "B G c"]:
+    def largest(self, jump: PerPair) -> Float[Tensor, "B G c"]:
         """The largest forces over the step, of kinks with these jumps."""
         return -self.pairs.take(jump) * self.width
 
-    def multipliers(
-        self, others: Float[Tensor, "B N m"], fraction: Float[Tensor, "B G c"]
-    ) -> Float[Tensor, "B N m"]:
+    def multipliers(self, others: PerPair, fraction: Float[Tensor, "B G c"]) -> PerPair:
         """Mean multipliers where the pairs at hand feel this fraction of their largest forces."""
         return self.pairs.put(others, self.pairs.take(self.low) + fraction * self.width)
 
@@ -68,9 +66,9 @@ class Stage:
     """A stage: its k and where it leads, the multipliers there, the fraction of its largest force
     that each pair at hand feels, and the pairs that are held strictly inside their bounds."""
 
-    k: Float[Tensor, "B P"]
-    w: Float[Tensor, "B P"]
-    multipliers: Float[Tensor, "B N m"]
+    k: Rows
+    w: Rows
+    multipliers: PerPair
     fraction: Float[Tensor, "B G c"]
     free: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
@@ -81,10 +79,10 @@ class SlidingTrial:
     """A step that has been tried: its first and its second stage, the kinks that hold at its end,
     and those that held after the first stage and were released for the second."""
 
-    w1: Float[Tensor, "B P"]
-    w: Float[Tensor, "B P"]
-    outputs1: Float[Tensor, "B N C"]
-    multipliers: Float[Tensor, "B N m"]
+    w1: Rows
+    w: Rows
+    outputs1: Outputs
+    multipliers: PerPair
     stuck: Bool[Tensor, "B N m"]
     released: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
@@ -95,20 +93,21 @@ class StepStart:
     """What both stages of a step of length ``tau`` from ``w`` share: the linear algebra there, and
     the bounds of the pairs at hand."""
 
-    w: Float[Tensor, "B P"]
+    w: Rows
     tau: Float[Tensor, "B 1"]
     point: NetAt
-    given: Float[Tensor, "B N m"]
+    given: PerPair
     damping: GaussNewton
     coupling: KinkCoupling
     impulses: Impulses
 
     @staticmethod
     def of(
-        metric: Metric, net: TwoLayer, state: State, first: Sample, tau: Float[Tensor, " B"]
+        metric: Metric, net: TwoLayer, state: State, first: Sample, tau: PerTrajectory
     ) -> "StepStart":
         """The start of a step of ``state``, where the field is ``first``."""
-        w, point = state.w, net.at(state.w)
+        w = state.w
+        point = net.at(state.w)
         given = sides_at(point, state.multipliers)
         damping = GaussNewton.at(metric, point, given, GAMMA * tau)
         near = within_reach(metric, point, first.velocity, tau)
@@ -121,17 +120,18 @@ class StepStart:
 
     def stage(
         self,
-        h: Float[Tensor, "B P"],
+        h: Rows,
         upper: Float[Tensor, "B G c"],
         guess: Float[Tensor, "B G c"],
         *,
         carried: Tensor | float = 0.0,
         offset: Tensor | float = 0.0,
         fraction: float = 1.0,
-    ) -> tuple[Float[Tensor, "B P"], Solution]:
+    ) -> tuple[Rows, Solution]:
         """The k = M(h − Nᵀλ − A·carried) with z + τN(offset + fraction·k) consistent with forces λ
         in [0, upper], and these forces."""
-        pairs, inverse = self.coupling.pairs, self.damping.metric.inverse
+        pairs = self.coupling.pairs
+        inverse = self.damping.metric.inverse
         free = self.damping(inverse(h) - carried)  # k without forces
         ahead = pairs.take(self.point.z) / (fraction * self.tau[..., None])
         ahead = ahead + pairs.along(offset / fraction + free)
@@ -142,7 +142,7 @@ class StepStart:
         self,
         k: Tensor,
         w: Tensor,
-        others: Float[Tensor, "B N m"],
+        others: PerPair,
         solution: Solution,
         upper: Float[Tensor, "B G c"],
     ) -> Stage:
@@ -155,7 +155,7 @@ class StepStart:
 
 
 def within_reach(
-    metric: Metric, point: NetAt, velocity: Float[Tensor, "B P"], tau: Float[Tensor, " B"]
+    metric: Metric, point: NetAt, velocity: Rows, tau: PerTrajectory
 ) -> Bool[Tensor, "B N m"]:
     """Attracting pairs that may come to their kink within a step of ``tau``."""
     speed = point.along(velocity).abs() + point.jump.abs() * metric.stiffness(point)
@@ -165,7 +165,9 @@ def within_reach(
 
 def first_stage(start: StepStart) -> Stage:
     """k₁ and w₁ = w + τk₁."""
-    point, impulses, pairs = start.point, start.impulses, start.coupling.pairs
+    point = start.point
+    impulses = start.impulses
+    pairs = start.coupling.pairs
     multipliers = torch.where(pairs.mask, impulses.low, start.given)
     h = point.gradient(point.slopes(multipliers))
     upper = impulses.largest(point.jump)
@@ -174,11 +176,12 @@ def first_stage(start: StepStart) -> Stage:
 
 
 def second_stage(
-    start: StepStart, one: Stage, point1: NetAt, hangs: Tensor, side: Float[Tensor, "B N m"]
+    start: StepStart, one: Stage, point1: NetAt, hangs: Tensor, side: PerPair
 ) -> Stage:
     """k₂ and w₊ = w + τ(3k₁ + k₂)/2, where the pairs of ``hangs`` still attract at w₁ and the
     others at hand are on ``side``."""
-    impulses, mask = start.impulses, start.coupling.pairs.mask
+    impulses = start.impulses
+    mask = start.coupling.pairs.mask
     crossed = multipliers_of_crossings(start.point.z, point1.z, start.given)
     multipliers = torch.where(mask, torch.where(hangs, impulses.low, side), crossed)
     h = point1.gradient(point1.slopes(multipliers))
@@ -190,9 +193,7 @@ def second_stage(
     return start.ended(k, w, one.multipliers, solution, upper)
 
 
-def both_stages(
-    start: StepStart, sides: tuple[int, ...], releases: Float[Tensor, " B"]
-) -> SlidingTrial:
+def both_stages(start: StepStart, sides: tuple[int, ...], releases: PerTrajectory) -> SlidingTrial:
     """Both stages. What has become repelling inside the step is let go for the second, to the sides
     that follow the ``releases`` before."""
     one = first_stage(start)
@@ -223,17 +224,17 @@ def _leaving_later(
 
 
 def sides_of_releases(
-    multipliers: Float[Tensor, "B N m"],
+    multipliers: PerPair,
     released: Bool[Tensor, "B N m"],
-    before: Float[Tensor, " B"],
+    before: PerTrajectory,
     sides: tuple[int, ...],
-) -> Float[Tensor, "B N m"]:
+) -> PerPair:
     """The sides of pairs that no force holds (`kinks.release_sides`)."""
     flat = release_sides(multipliers.flatten(1), released.flatten(1), before, sides)
     return flat.view_as(multipliers)
 
 
-def multipliers_of_crossings(z: Tensor, z1: Tensor, given: Tensor) -> Float[Tensor, "B N m"]:
+def multipliers_of_crossings(z: Tensor, z1: Tensor, given: Tensor) -> PerPair:
     """Second-stage multipliers of pairs that no force holds.
 
     The step counts the mean of both stages. A pair that crosses its kink gets the share F of the

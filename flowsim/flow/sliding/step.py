@@ -55,6 +55,7 @@ from flowsim.motion.clocks import GRADIENT, Clock, Target
 from flowsim.motion.rule import advance_by_steps, one_by_one
 from flowsim.motion.state import State, Status
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt, require_sides
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
@@ -85,12 +86,14 @@ class KinkImplicit(Method):
         require_sides("KinkImplicit", self.sides)
 
     def start(self, field: Field, objective: Objective, state: State) -> State:
-        problem, before = _supported(objective, field), state
+        problem = _supported(objective, field)
+        before = state
         point = problem.two_layer(len(state.w)).at(state.w)
         given = sides_at(point, state.multipliers)
         stuck = (on_kink(point) | between(given)) & point.net.distinct
         sample, multipliers = _sampled(field, problem, state.w, point, given, stuck)
-        zero, kinks = torch.zeros_like(state.step_size), multipliers.flatten(1)
+        zero = torch.zeros_like(state.step_size)
+        kinks = multipliers.flatten(1)
         counts = {"releases": zero} | state.tallies | {"sliding": count(between(kinks))}
         if "tau" not in state.memory:
             state = without_size(state)
@@ -113,7 +116,8 @@ class KinkImplicit(Method):
 
     def _step(self, field: Field, problem: Problem, state: State) -> State:
         """One attempt of every trajectory."""
-        first, before = sample_of(state), state.tallies["releases"]
+        first = sample_of(state)
+        before = state.tallies["releases"]
         tau = state.step_size * field.norm.value(state.w).double() / first.dual_norm
         net = problem.two_layer(len(state.w))
         start = StepStart.of(Metric.of(field.norm), net, state, first, tau)
@@ -133,7 +137,7 @@ class KinkImplicit(Method):
         problem: Problem,
         point: NetAt,
         trial: SlidingTrial,
-        before: Float[Tensor, " B"],
+        before: PerTrajectory,
     ) -> "_End":
         """What is at the end of a trial: kinks that repel there let their pairs go."""
         released = trial.stuck & (point.jump >= 0) & ~trial.released
@@ -150,7 +154,7 @@ class KinkImplicit(Method):
         trial: SlidingTrial,
         point: NetAt,
         moved: State,
-    ) -> Float[Tensor, " B"]:
+    ) -> PerTrajectory:
         """The error over its tolerance; infinite where the step cannot be right."""
         size = field.norm.value(trial.w).double()
         apart = field.norm.value(trial.w - trial.w1).double()
@@ -169,7 +173,7 @@ class KinkImplicit(Method):
         good = torch.isfinite(excess) & (rise > 0) & trial.solved & ~falls
         return torch.where(good, excess, torch.inf)
 
-    def _resized(self, state: State, excess: Float[Tensor, " B"]) -> State:
+    def _resized(self, state: State, excess: PerTrajectory) -> State:
         """The next step size, and trajectories stopped that cannot go on."""
         step_size = (state.step_size * _CONTROL.factor(excess)).clamp_max(0.5)
         state = replace(state, step_size=step_size)
@@ -183,10 +187,10 @@ class _End:
     point: NetAt
     last: Sample
     multipliers: Float[Tensor, "B Nm"]
-    releases: Float[Tensor, " B"]
+    releases: PerTrajectory
 
     @property
-    def counts(self) -> dict[str, Float[Tensor, " B"]]:
+    def counts(self) -> dict[str, PerTrajectory]:
         """The tallies of kinks."""
         return {"sliding": count(between(self.multipliers)), "releases": self.releases}
 
@@ -231,17 +235,16 @@ def _going_on(norm: Norm, point: NetAt, before: State, anew: State) -> State:
 
 def _sampled(
     field: Field, problem: Problem, w: Tensor, point: NetAt, given: Tensor, stuck: Tensor
-) -> tuple[Sample, Float[Tensor, "B N m"]]:
+) -> tuple[Sample, PerPair]:
     """The field at w, and the multipliers that are selected there."""
     multipliers, h = least_gradient(Metric.of(field.norm), point, given, stuck)
     return field.sample(problem, w, point.lam, h, field.norm.steepest(h)), multipliers
 
 
-def _moved(
-    norm: Norm, problem: Problem, state: State, w: Float[Tensor, "B P"], end: _End, tau: Tensor
-) -> State:
+def _moved(norm: Norm, problem: Problem, state: State, w: Rows, end: _End, tau: Tensor) -> State:
     """The state after an accepted step to w."""
-    first, last = sample_of(state), end.last
+    first = sample_of(state)
+    last = end.last
     step = segment_between(problem, state, w, first, last, tau)
     step = replace(step, multipliers0=state.multipliers, multipliers1=end.multipliers)
     gains = _gains(norm, state, w, (first, last), tau)
@@ -251,8 +254,8 @@ def _moved(
 
 
 def _gains(
-    norm: Norm, state: State, w: Float[Tensor, "B P"], ends: tuple[Sample, Sample], tau: Tensor
-) -> dict[str, Float[Tensor, " B"]]:
+    norm: Norm, state: State, w: Rows, ends: tuple[Sample, Sample], tau: Tensor
+) -> dict[str, PerTrajectory]:
     """What the readings gain in a step to w, by Simpson's rule with the mean velocity for the
     middle one: it is free of the fast motion of the softmax weights that the ends still show."""
     speed = norm.value(w - state.w).double() / tau
@@ -272,7 +275,7 @@ def _unseen(state: State, first: Sample, tau: Tensor) -> Bool[Tensor, " B"]:
     return tau * first.dual_norm**2 <= 16 * eps * (1 + first.lam.abs())
 
 
-def _simpson(tau: Tensor, start: Tensor, middle: Tensor, end: Tensor) -> Float[Tensor, " B"]:
+def _simpson(tau: Tensor, start: Tensor, middle: Tensor, end: Tensor) -> PerTrajectory:
     return tau * (start + 4 * middle + end) / 6
 
 
