@@ -31,14 +31,17 @@ class View:
     """The objective of one trajectory in NumPy, and its ball, with gradient evaluations counted."""
 
     def __init__(self, field: Field, objective: Objective, device: torch.device) -> None:
-        self.field, self.objective, self.device = field, objective, device
+        self.field = field
+        self.objective = objective
+        self.device = device
         self.ball = Polyhedral.of(field.norm, objective.size)
         self.gradients = 0
 
     def tensor(self, a: Array | float) -> Tensor:
         """A row of one trajectory."""
         dtype = None if isinstance(a, Array) else torch.float64
-        return torch.as_tensor(a, dtype=dtype).to(self.device)[None]
+        row = torch.as_tensor(a, dtype=dtype)[None]
+        return row.to(self.device)
 
 
 class Evaluation:
@@ -47,16 +50,21 @@ class Evaluation:
     def __init__(self, view: View, w: PerWeight) -> None:
         view.gradients += 1
         level, h = view.objective.ascent(view.tensor(w))
-        self.view, self.w = view, w
-        self.lam, self.h = float(level), as_numpy(h[0])
-        self.dual_norm, self.length = view.ball.dual(self.h), view.ball.value(w)
+        self.view = view
+        self.w = w
+        self.lam = float(level)
+        self.h = as_numpy(h[0])
+        self.dual_norm = view.ball.dual(self.h)
+        self.length = view.ball.value(w)
         # rounding error of slopes, in units of ‖h‖_*
         self.noise = EPS * (64 + self.dual_norm * self.length)
 
     @cached_property
     def C(self) -> Float[Array, "R P"]:
         """CᵀC = −∇²level up to a multiple of hhᵀ, which changes nothing on a face."""
-        return as_numpy(self.view.objective.curvature(self.view.tensor(self.w))[0])
+        view = self.view
+        C = view.objective.curvature(view.tensor(self.w))
+        return as_numpy(C[0])
 
     @property
     def unit(self) -> PerWeight:
@@ -80,11 +88,14 @@ class Pseudoinverse:
         self.dead = scale == 0  # what nothing feels stays at zero
         self.scale = np.where(self.dead, 1.0, scale)
         self.A = A / self.scale
-        self.factor = _well_conditioned(self.A.T @ self.A + np.diag(self.dead))
+        gram = self.A.T @ self.A
+        self.factor = _well_conditioned(gram + np.diag(self.dead))
         if self.factor is None:
             U, s, Vt = svd(self.A, full_matrices=False, lapack_driver="gesvd")
             kept = s > 1e-8
-            self.U, self.s, self.Vt = U[:, kept], s[kept], Vt[kept]
+            self.U = U[:, kept]
+            self.s = s[kept]
+            self.Vt = Vt[kept]
             # unknowns from their well-determined combinations: the shortest that have these
             self.shortest = np.linalg.pinv(self.Vt * self.scale)
 
@@ -92,16 +103,19 @@ class Pseudoinverse:
         """(AᵀA)⁺ r."""
         r = np.where(self.dead, 0.0, r / self.scale)
         if self.factor is None:
-            return self.shortest @ ((self.Vt @ r) / self.s**2)
+            combinations = self.Vt @ r / self.s**2
+            return self.shortest @ combinations
         return self._solve(r) / self.scale
 
     def times(self, b: Float[Array, " R"]) -> _Along:
         """A⁺ b."""
         if self.factor is None:
-            return self.shortest @ ((self.U.T @ b) / self.s)
+            combinations = self.U.T @ b / self.s
+            return self.shortest @ combinations
         y = self._solve(self.A.T @ b)
         # normal equations square the condition: refine
-        y = y + self._solve(self.A.T @ (b - self.A @ y))
+        residual = b - self.A @ y
+        y = y + self._solve(self.A.T @ residual)
         return y / self.scale
 
     def _solve(self, r: _Along) -> _Along:
@@ -114,7 +128,9 @@ def _well_conditioned(gram: Float[Array, "k k"]) -> tuple[Array, bool] | None:
         factor = cho_factor(gram, lower=True, check_finite=False)
     except np.linalg.LinAlgError:
         return None
-    return factor if (np.diag(factor[0]) > 1e-5).all() else None
+    pivots = np.diag(factor[0])
+    good = (pivots > 1e-5).all()
+    return factor if good else None
 
 
 @dataclass(frozen=True)
@@ -127,34 +143,47 @@ class OnPiece:
     @cached_property
     def inverse(self) -> Pseudoinverse:
         """Of C E."""
-        columns = self.at.C[:, self.face.free]
+        face = self.face
+        columns = self.at.C[:, face.free]
         size = np.sqrt((columns**2).sum(0))
-        return Pseudoinverse(columns @ self.face.basis, self.face.sizes(size))
+        A = columns @ face.basis
+        return Pseudoinverse(A, face.sizes(size))
 
     @cached_property
     def u(self) -> PerWeight:
         """The velocity dw/ds: the minimiser of ‖C u‖ on the face's affine hull, the shortest of
         them."""
-        y = self.inverse.times(self.at.C @ self.face.centre)
-        return self.face.centre - self.face.expand(y)
+        face = self.face
+        y = self.inverse.times(self.at.C @ face.centre)
+        return face.centre - face.expand(y)
 
     @cached_property
     def sample(self) -> Sample:
         """The field here."""
-        view = self.at.view
         at = self.at
-        w, h, u = (view.tensor(a) for a in (at.w, at.h, self.u))
-        return view.field.sample(view.objective, w, view.tensor(at.lam), h, u)
+        view = at.view
+        w = view.tensor(at.w)
+        lam = view.tensor(at.lam)
+        h = view.tensor(at.h)
+        u = view.tensor(self.u)
+        return view.field.sample(view.objective, w, lam, h, u)
 
     @cached_property
     def dh(self) -> PerWeight:
         """−CᵀC u, which is dh/ds up to a multiple of h."""
-        return -self.at.C.T @ (self.at.C @ self.u)
+        C = self.at.C
+        return -C.T @ (C @ self.u)
 
     @cached_property
     def curvature(self) -> float:
         """‖C u‖²."""
-        return max(-float(self.dh @ self.u), float(np.finfo(np.float64).tiny))
+        least = float(np.finfo(np.float64).tiny)
+        return max(-float(self.dh @ self.u), least)
+
+    @property
+    def left(self) -> float:
+        """About how much further on a flow ends that does end."""
+        return self.at.dual_norm / self.curvature
 
     @cached_property
     def slope(self) -> _Along:
@@ -164,7 +193,8 @@ class OnPiece:
     @property
     def error(self) -> float:
         """What Newton's method has left of the slopes, in units of ‖h‖_*."""
-        return float(np.abs(self.slope).max(initial=0.0)) / max(self.at.dual_norm, TINY)
+        largest = np.abs(self.slope).max(initial=0.0)
+        return float(largest) / max(self.at.dual_norm, TINY)
 
     @cached_property
     def noise(self) -> float:
@@ -175,13 +205,16 @@ class OnPiece:
     def clearance(self) -> Float[Array, "3 P"]:
         """How far this is from the end of the piece, negative beyond it: `Corners.missing` and
         `Corners.shares`."""
-        return np.vstack([self.face.missing(self.at.unit), self.face.shares(self.u)])
+        missing = self.face.missing(self.at.unit)
+        shares = self.face.shares(self.u)
+        return np.vstack([missing, shares])
 
     @cached_property
     def closing(self) -> PerCorner:
         """How fast the corners' part of `clearance` falls."""
-        turn = self.dh + self.curvature / self.at.dual_norm * self.at.h
-        rate = self.face.missing(turn / self.at.dual_norm)
+        at = self.at
+        turn = self.dh + self.curvature / at.dual_norm * at.h
+        rate = self.face.missing(turn / at.dual_norm)
         return np.where(np.isfinite(rate), -rate, 0.0)
 
 
@@ -196,7 +229,8 @@ def newton(start: OnPiece, w: PerWeight) -> OnPiece | None:
     fresh = False
     near = False
     for _ in range(16):
-        point = OnPiece(Evaluation(start.at.view, w), start.face)
+        at = Evaluation(start.at.view, w)
+        point = OnPiece(at, start.face)
         last = error
         error = point.error
         slow = error > 0.2 * last
@@ -204,14 +238,16 @@ def newton(start: OnPiece, w: PerWeight) -> OnPiece | None:
             return point
         if near and slow and (fresh or error < 1e-12):
             return point
-        if not np.isfinite(error + point.at.lam) or (fresh and error > last):
+        grows = fresh and error > last
+        if grows or not np.isfinite(error + point.at.lam):
             return None
         if slow:
             inverse = point.inverse
             fresh = True
         move = start.face.expand(inverse.of_normal(point.slope))
-        # about as near as rounding allows
-        near = error < 1e-7 or np.abs(move).max() <= 64 * EPS * np.abs(w).max()
+        longest = np.abs(move).max()
+        rounding = 64 * EPS * np.abs(w).max()
+        near = error < 1e-7 or longest <= rounding
         w = w + move
     return None
 
@@ -230,33 +266,51 @@ def following(point: OnPiece, level: Float[Array, "3 P"] | float) -> OnPiece:
     face = point.face
     noise = point.noise / 32
     share = face.mixture(point.u)
-    new = (point.clearance - level)[:2] <= noise
-    tied = new | (point.clearance[:2] <= 32 * noise) | face.used
+    over = point.clearance - level
+    new = over[:2] <= noise
+    near = point.clearance[:2] <= 32 * noise
+    tied = new | near | face.used
     tried = new | (share > 4 * noise)
-    used = _face_of_least_curvature(point, share.ravel(), tied.ravel(), tried.ravel())
-    chosen = OnPiece(point.at, Corners.of(face.ball, used.reshape(2, -1)))
+    used = _face_of_least_curvature(
+        point,
+        share=share.ravel(),
+        tied=tied.ravel(),
+        tried=tried.ravel(),
+    )
+    corners = Corners.of(face.ball, used.reshape(2, -1))
+    chosen = OnPiece(point.at, corners)
     while (chosen.clearance[2] < -noise).any():  # what the QP's smaller precision has left
-        chosen = OnPiece(point.at, chosen.face.trimmed(chosen.u, noise))
+        corners = corners.trimmed(chosen.u, noise)
+        chosen = OnPiece(point.at, corners)
     return chosen
 
 
 def _face_of_least_curvature(
-    point: OnPiece, share: Float[Array, " 2P"], tied: Array, tried: Array
+    point: OnPiece,
+    share: Float[Array, " 2P"],
+    tied: Bool[Array, " 2P"],
+    tried: Bool[Array, " 2P"],
 ) -> Bool[Array, " 2P"]:
     """The corners, of those that tie, with a share in the mixture of least ‖C v‖."""
     ball = point.face.ball
     group = np.tile(ball.group, 2)
-    several = (np.bincount(group[tied], minlength=len(ball.starts)) > 1)[group]
+    number = np.bincount(group[tied], minlength=len(ball.starts))
+    several = number[group] > 1
     used = tried & ~several
     shared = np.flatnonzero(tied & several)
-    H, c = _quadratic(point.at.C, np.concatenate([ball.scale, -ball.scale]), used, shared)
-    numbered = np.unique(group[shared], return_inverse=True)[1]
-    used[shared] = positive_at_minimum(H, c, numbered, share[shared], tried[shared])
+    corner = np.concatenate([ball.scale, -ball.scale])
+    H, c = _quadratic(point.at.C, corner, used, shared)
+    _, numbered = np.unique(group[shared], return_inverse=True)
+    first = share[shared]
+    used[shared] = positive_at_minimum(H, c, numbered, first, tried[shared])
     return used
 
 
 def _quadratic(
-    C: Float[Array, "R P"], corner: Float[Array, " 2P"], fixed: Array, index: Int[Array, " m"]
+    C: Float[Array, "R P"],
+    corner: Float[Array, " 2P"],
+    fixed: Bool[Array, " 2P"],
+    index: Int[Array, " m"],
 ) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
     """½‖C v‖² in the shares of the corners ``index``, beside ``fixed`` ones with a share of 1: its
     Hessian, and its slope where all shares are zero."""
@@ -265,11 +319,15 @@ def _quadratic(
     columns = C[:, weight]
     sign = corner[index]
     gram = columns.T @ columns
+    largest = max(gram.max(initial=0.0), TINY)
     # of equal minimisers the shortest
-    gram += 1e-12 * max(gram.max(initial=0.0), TINY) * np.eye(len(weight))
-    H = gram[np.ix_(place, place)] * sign[:, None] * sign
-    v = np.where(fixed, corner, 0).reshape(2, P).sum(0)
-    return H, (columns.T @ C @ v)[place] * sign
+    gram += 1e-12 * largest * np.eye(len(weight))
+    H = gram[np.ix_(place, place)]
+    H = H * sign[:, None] * sign
+    held = np.where(fixed, corner, 0)
+    v = held.reshape(2, P).sum(0)
+    slope = columns.T @ C @ v
+    return H, slope[place] * sign
 
 
 def as_numpy(tensor: Tensor) -> Array:

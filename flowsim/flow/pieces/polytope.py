@@ -75,15 +75,23 @@ class Polyhedral:
 
     def dual(self, h: PerWeight) -> float:
         """‖h‖_*."""
-        return float(np.maximum.reduceat(self.scale * np.abs(h), self.starts).sum())
+        slopes = self.scale * np.abs(h)
+        steepest = np.maximum.reduceat(slopes, self.starts)
+        return float(steepest.sum())
+
+    def values(self, v: PerWeight) -> Float[Array, " G"]:
+        """Σ_{k∈g} |v_k|/c_k."""
+        shares = np.abs(v) / self.scale
+        return self.sums(shares)
 
     def value(self, v: PerWeight) -> float:
         """‖v‖."""
-        return float(self.sums(np.abs(v) / self.scale).max())
+        return float(self.values(v).max())
 
     def spare(self, v: PerWeight) -> PerWeight:
         """How far the group of each weight is inside its ball."""
-        return (1 - self.sums(np.abs(v) / self.scale))[self.group]
+        spare = 1 - self.values(v)
+        return spare[self.group]
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,17 @@ class Corners:
     def of(ball: Polyhedral, used: Bool[Array, "2 P"]) -> "Corners":
         """A group at rest is one that uses both corners of a weight."""
         plus, minus = used.astype(np.int64)
-        rest = (ball.sums(plus * minus) > 0)[ball.group]
-        return Corners(ball, np.where(rest, REST, plus - minus))
+        both = ball.sums(plus * minus)
+        rest = both[ball.group] > 0
+        code = np.where(rest, REST, plus - minus)
+        return Corners(ball, code)
 
     @staticmethod
     def steepest(ball: Polyhedral, h: PerWeight) -> "Corners":
         """The first of the steepest corners of each group."""
-        leaders = np.lexsort((-ball.scale * np.abs(h), ball.group))[ball.starts]
+        falling = -ball.scale * np.abs(h)
+        steepest_first = np.lexsort((falling, ball.group))
+        leaders = steepest_first[ball.starts]
         code = np.zeros(len(h), dtype=np.int64)
         code[leaders] = np.where(h[leaders] < 0, -1, 1)
         return Corners(ball, code)
@@ -115,7 +127,10 @@ class Corners:
     @cached_property
     def used(self) -> Bool[Array, "2 P"]:
         """The corners whose slopes are equal; at rest all of the group's."""
-        return np.stack([(self.code == REST) | (self.code == sign) for sign in (1, -1)])
+        rest = self.code == REST
+        plus = self.code == 1
+        minus = self.code == -1
+        return rest | np.stack([plus, minus])
 
     @cached_property
     def moving(self) -> Bool[Array, " P"]:
@@ -124,12 +139,15 @@ class Corners:
     @cached_property
     def sharing(self) -> _Codes:
         """How many corners share the motion of each weight's group; 0 at rest."""
-        return self.ball.sums(self.moving.astype(np.int64))[self.ball.group]
+        moving = self.moving.astype(np.int64)
+        number = self.ball.sums(moving)
+        return number[self.ball.group]
 
     @cached_property
     def centre(self) -> PerWeight:
-        share = self.code * self.ball.scale / np.maximum(self.sharing, 1)
-        return np.where(self.moving, share, 0.0)
+        corner = self.code * self.ball.scale
+        mean = corner / np.maximum(self.sharing, 1)
+        return np.where(self.moving, mean, 0.0)
 
     # --- coordinates along the face ---------------------------------------------------------------
 
@@ -138,8 +156,11 @@ class Corners:
         """The weights at rest, then those of each group with several corners."""
         rest = np.flatnonzero(self.code == REST)
         shared = np.flatnonzero(self.moving & (self.sharing > 1))
-        ends = np.flatnonzero(np.diff(self.ball.group[shared])) + 1
-        return [rest, *np.split(shared, ends)] if len(shared) else [rest]
+        if not len(shared):
+            return [rest]
+        group = self.ball.group[shared]
+        ends = np.flatnonzero(np.diff(group)) + 1
+        return [rest, *np.split(shared, ends)]
 
     @cached_property
     def free(self) -> Int[Array, " m"]:
@@ -149,10 +170,11 @@ class Corners:
     @cached_property
     def basis(self) -> Float[Array, "m k"]:
         """E, on the free weights: velocities E y leave the slopes of all corners in use equal."""
-        rest, *shared = (len(part) for part in self._parts)
-        sign = np.where(self.moving, self.code, 1)[self.free]
+        rest, *shared = map(len, self._parts)
         blocks = block_diag(np.eye(rest), *map(_without_sum, shared))
-        return (sign * self.ball.scale[self.free])[:, None] * blocks
+        sign = np.where(self.moving, self.code, 1)
+        corner = sign * self.ball.scale
+        return corner[self.free, None] * blocks
 
     def restrict(self, a: PerWeight) -> Float[Array, " k"]:
         """Eᵀ a: derivatives along the weights become derivatives along y."""
@@ -167,39 +189,52 @@ class Corners:
     def sizes(self, size: Float[Array, " m"]) -> Float[Array, " k"]:
         """Of derivatives along y, from those of derivatives along the free weights."""
         scaled = size * self.ball.scale[self.free]
-        return (scaled[:, None] * (self.basis != 0)).max(0, initial=0.0)
+        enters = self.basis != 0
+        sizes = scaled[:, None] * enters
+        return sizes.max(0, initial=0.0)
 
     # --- where the face ends ----------------------------------------------------------------------
 
     def missing(self, slope: PerWeight) -> PerCorner:
         """By how much each corner misses the slope of those in use; infinite for these."""
-        slope = self.ball.scale * slope
-        top = self.ball.sums(np.where(self.moving, self.code * slope, 0.0))[self.ball.group]
-        top = top / np.maximum(self.sharing, 1)
-        return np.where(self.used, np.inf, np.stack([top - slope, top + slope]))
+        ball = self.ball
+        slope = ball.scale * slope
+        in_use = np.where(self.moving, self.code * slope, 0.0)
+        total = ball.sums(in_use)
+        mean = total[ball.group] / np.maximum(self.sharing, 1)
+        missing = np.stack([mean - slope, mean + slope])
+        return np.where(self.used, np.inf, missing)
 
     def shares(self, u: PerWeight) -> PerWeight:
         """The share of each corner that is one of several, or at rest how far the group is inside
         its ball."""
+        ball = self.ball
         several = self.moving & (self.sharing > 1)
-        share = np.where(several, self.code * u / self.ball.scale, np.inf)
-        return np.where(self.code == REST, self.ball.spare(u), share)
+        share = self.code * u / ball.scale
+        share = np.where(several, share, np.inf)
+        rest = self.code == REST
+        return np.where(rest, ball.spare(u), share)
 
     def mixture(self, u: PerWeight) -> PerCorner:
         """Shares of the corners that make u; a group inside its ball has two opposite ones."""
-        share = u / self.ball.scale
+        ball = self.ball
+        share = u / ball.scale
+        spare = ball.spare(u)[ball.starts]
         opposite = np.zeros(len(u))
-        starts = self.ball.starts
-        opposite[starts] = np.maximum(self.ball.spare(u)[starts], 0) / 2
+        opposite[ball.starts] = np.maximum(spare, 0) / 2
         opposite[self.code != REST] = 0
-        return np.where(self.used, np.maximum(np.stack([share, -share]), 0) + opposite, 0.0)
+        shares = np.stack([share, -share])
+        mixed = np.maximum(shares, 0) + opposite
+        return np.where(self.used, mixed, 0.0)
 
     def trimmed(self, u: PerWeight, noise: float) -> "Corners":
         """The face without corners whose shares in u are negative, and with groups that u takes out
         of their ball in motion."""
         beyond = self.shares(u) < -noise
-        kept = np.where(self.code == REST, np.sign(u).astype(np.int64), 0)
-        return Corners(self.ball, np.where(beyond, kept, self.code))
+        sign = np.sign(u).astype(np.int64)
+        kept = np.where(self.code == REST, sign, 0)
+        code = np.where(beyond, kept, self.code)
+        return Corners(self.ball, code)
 
 
 def _without_sum(m: int) -> Float[Array, "m m-1"]:
@@ -207,4 +242,6 @@ def _without_sum(m: int) -> Float[Array, "m m-1"]:
     1)/√m and the first unit vector, without its first column."""
     v = np.full(m, m**-0.5)
     v[0] -= 1
-    return (np.eye(m) - np.outer(v, v) * (2 / (v @ v)))[:, 1:]
+    twice = 2 / (v @ v)
+    reflection = np.eye(m) - np.outer(v, v) * twice
+    return reflection[:, 1:]

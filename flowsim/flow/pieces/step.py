@@ -81,7 +81,8 @@ class ExactPieces(Method):
     ) -> State:
         def run(part: Objective, local: State, goal: Target) -> State:
             view = View(field, part, local.w.device)
-            here = _remembered(view, local)
+            at = Evaluation(view, as_numpy(local.w[0]))
+            here = _remembered(at, local)
             for _ in range(budget):
                 here, local = _attempted(here, local)
                 if not bool(pending(local, goal)):
@@ -100,37 +101,44 @@ def _begun(view: View, state: State) -> State:
     """On with the face that the state remembers, or with the one that the face QP selects."""
     at = Evaluation(view, as_numpy(state.w[0]))
     if _continues(state, at):
-        here = OnPiece(at, Corners(view.ball, as_numpy(state.memory["face"][0])))
+        here = _remembered(at, state)
     else:
         steepest = OnPiece(at, Corners.steepest(view.ball, at.h))
         here = following(steepest, 62 * at.noise)  # all that are equal to rounding
         state = without_size(state)
-    state = replace(state, tallies={"events": torch.zeros_like(state.step_size)} | state.tallies)
-    return begun(
-        view.objective, state, here.sample, view.tensor(_guess(here)), _face_memory(here, 0)
-    )
+    none = {"events": torch.zeros_like(state.step_size)}
+    state = replace(state, tallies=none | state.tallies)
+    size = view.tensor(_guess(here))
+    memory = _face_memory(here, 0)
+    return begun(view.objective, state, here.sample, size, memory)
 
 
 def _continues(state: State, at: Evaluation) -> bool:
     """Whether a flow of this objective in this norm has left the state, so that its face goes
     on."""
     memory = state.memory
-    if "face" not in memory or not np.array_equal(as_numpy(memory["ascent"][0]), at.h):
+    if "face" not in memory:
+        return False
+    h = as_numpy(memory["ascent"][0])
+    if not np.array_equal(h, at.h):
         return False
     u = as_numpy(memory["velocity"][0])
-    steepest = abs(float(at.unit @ u) - 1) < 1e-6
-    return steepest and abs(at.view.ball.value(u) - 1) < 1e-6
+    slope = float(at.unit @ u)
+    length = at.view.ball.value(u)
+    return abs(slope - 1) < 1e-6 and abs(length - 1) < 1e-6
 
 
-def _remembered(view: View, state: State) -> OnPiece:
-    """Where a state is."""
-    face = Corners(view.ball, as_numpy(state.memory["face"][0]))
-    return OnPiece(Evaluation(view, as_numpy(state.w[0])), face)
+def _remembered(at: Evaluation, state: State) -> OnPiece:
+    """On the face of a state."""
+    code = as_numpy(state.memory["face"][0])
+    face = Corners(at.view.ball, code)
+    return OnPiece(at, face)
 
 
 def _face_memory(here: OnPiece, stalled: int) -> dict[str, Tensor]:
     tensor = here.at.view.tensor
-    return {"face": tensor(here.face.code), "stalled": tensor(stalled)}
+    code = tensor(here.face.code)
+    return {"face": code, "stalled": tensor(stalled)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,24 +148,40 @@ def _face_memory(here: OnPiece, stalled: int) -> dict[str, Tensor]:
 
 def _attempted(here: OnPiece, state: State) -> tuple[OnPiece, State]:
     """After one attempt."""
-    slack = 2 * here.noise  # what is zero to rounding now may stay so
-    level = np.where(here.clearance > slack, 0.0, np.minimum(here.clearance, 0.0) - slack)
-    end, ds, over = _end(here, level, _reach(here, level, float(state.step_size)))
+    level = _least_clearance(here)
+    reach = _reach(here, level, float(state.step_size))
+    end, ds, over = _end(here, level, reach)
     if end is None:
         return _refused(here, state, ds / 4)
     step = PieceStep(here, end, ds)
     field = here.at.view.field
     if (step.clearance < level - 1e-6).any():
         return _refused(here, state, ds / 2)
-    excess = torch.tensor(step.excess(field.rtol, field.atol), dtype=torch.float64)
+    error = step.excess(field.rtol, field.atol)
+    excess = torch.tensor(error, dtype=torch.float64)
     if not excess <= 1:
-        return _refused(here, state, ds * float(_AFTER_A_REFUSAL.factor(excess)))
+        factor = _AFTER_A_REFUSAL.factor(excess)
+        return _refused(here, state, ds * float(factor))
     moved = _moved(step, state)
     if over:
         return _next_piece(step, moved, level)
-    size = end.at.view.tensor(ds * float(_CONTROL.factor(excess)))
-    moved = replace(moved, step_size=size, memory=memory_of(end.sample) | _face_memory(end, 0))
+    factor = _CONTROL.factor(excess)
+    moved = _with_memory(moved, end, ds * float(factor), 0)
     return end, _stop_if_stuck(end, moved)
+
+
+def _least_clearance(here: OnPiece) -> _Level:
+    """Below which the piece ends: what is zero to rounding now may stay so."""
+    slack = 2 * here.noise
+    lowered = np.minimum(here.clearance, 0.0) - slack
+    return np.where(here.clearance > slack, 0.0, lowered)
+
+
+def _with_memory(state: State, here: OnPiece, size: float, stalled: int) -> State:
+    """The state with what the next step needs to know."""
+    memory = memory_of(here.sample) | _face_memory(here, stalled)
+    step_size = here.at.view.tensor(size)
+    return replace(state, step_size=step_size, memory=memory)
 
 
 def _guess(here: OnPiece) -> float:
@@ -165,18 +189,23 @@ def _guess(here: OnPiece) -> float:
     same way."""
     at = here.at
     if not at.view.objective.logarithmic:
-        return at.dual_norm / here.curvature
-    tenfold = 10 * max(1.0, abs(at.lam)) / max(at.dual_norm, TINY)
-    return min(at.view.field.rtol**0.25 / here.curvature**0.5, tenfold)
+        return here.left
+    rise = max(1.0, abs(at.lam))
+    tenfold = 10 * rise / max(at.dual_norm, TINY)
+    rtol = at.view.field.rtol
+    straight = rtol**0.25 / here.curvature**0.5
+    return min(straight, tenfold)
 
 
 def _reach(here: OnPiece, level: _Level, size: float) -> float:
     """How far to try: not past the end of the whole flow, where the gradient vanishes, and not much
     past the first corner that will tie if all goes on as now."""
-    over = (here.clearance - level)[:2]
+    over = here.clearance - level
     falling = here.closing > 0
-    tie = (over[falling] / here.closing[falling]).min(initial=np.inf)
-    return float(min(size, 0.38 * here.at.dual_norm / here.curvature, 1.1 * tie))
+    ties = over[:2][falling] / here.closing[falling]
+    tie = ties.min(initial=np.inf)
+    vanishing = 0.38 * here.at.dual_norm / here.curvature
+    return float(min(size, vanishing, 1.1 * tie))
 
 
 def _end(here: OnPiece, level: _Level, ds: float) -> tuple[OnPiece | None, float, bool]:
@@ -186,64 +215,89 @@ def _end(here: OnPiece, level: _Level, ds: float) -> tuple[OnPiece | None, float
     end = newton(here, here.at.w + ds * here.u)
     if end is None or (end.clearance >= level).all():
         return end, ds, False
-    (low, a), (high, b) = (0.0, here), (ds, end)
-    visited = [(low, a.clearance - level), (high, b.clearance - level)]
+    low = 0.0
+    high = ds
+    a = here
+    b = end
+    visited = {
+        low: a.clearance - level,
+        high: b.clearance - level,
+    }
     for turn in range(60):
-        s = _first_zero(visited, low, high) if turn % 4 < 3 else 0.5 * (low + high)
+        s = 0.5 * (low + high)
+        if turn % 4 < 3:
+            s = _first_zero(visited, low, high)
         if not low < s < high:
             break
-        w = PieceStep(a, b, high - low).at((s - low) / (high - low))
-        point = newton(b, w)
+        between = PieceStep(a, b, high - low)
+        v = (s - low) / (high - low)
+        point = newton(b, between.at(v))
         if point is None:
             return None, s, False
         over = point.clearance - level
-        visited.append((s, over))
+        visited[s] = over
         if abs(over.min()) <= point.noise / 64:
             return point, s, True
         if over.min() < 0:
-            high, b = s, point
+            high = s
+            b = point
         else:
-            low, a = s, point
+            low = s
+            a = point
     return b, high, True
 
 
-def _first_zero(visited: list[tuple[float, _Level]], low: float, high: float) -> float:
+def _first_zero(visited: dict[float, _Level], low: float, high: float) -> float:
     """The first zero between two arclengths of quantities that are known at visited ones, positive
     at the first."""
-    ends = {s: f for s, f in visited if s in (low, high)}
-    near = [*ends.items(), *(p for p in visited[-4:] if p[0] not in ends)][:4]
-    falling = ends[high] < 0
-    s = [p[0] for p in near]
-    f = np.stack([p[1][falling] for p in near])
-    first = ends[low][falling]
-    last = ends[high][falling]
-    secant = low + (high - low) * first / (first - last)
-    inverse = np.zeros(f.shape[1])
+    ends = [s for s in visited if s in (low, high)]
+    latest = list(visited)[-4:]
+    others = [s for s in latest if s not in ends]
+    near = [*ends, *others][:4]
+    falling = visited[high] < 0
+    f = {s: visited[s][falling] for s in near}
+    fall = f[low] - f[high]
+    secant = low + (high - low) * f[low] / fall
+    inverse = np.zeros_like(secant)
     with np.errstate(divide="ignore", invalid="ignore"):
-        for i in range(len(near)):
-            others = [f[j] / (f[j] - f[i]) for j in range(len(near)) if j != i]
-            inverse += s[i] * np.prod(others, axis=0)
-    return float(np.where((inverse > low) & (inverse < high), inverse, secant).min())
+        for s in near:
+            inverse += s * _weight_at_zero(f, s)
+    inside = (inverse > low) & (inverse < high)
+    zeros = np.where(inside, inverse, secant)
+    return float(zeros.min())
+
+
+def _weight_at_zero(f: dict[float, Array], s: float) -> Array | float:
+    """Of s, in the polynomial that takes the values of f to their arclengths."""
+    weight = 1.0
+    for r in f:
+        if r != s:
+            weight = weight * (f[r] / (f[r] - f[s]))
+    return weight
 
 
 def _moved(step: PieceStep, state: State) -> State:
     """The state at the end of a step, its memory still to be written."""
     end = step.end.at
-    tensor = step.end.at.view.tensor
-    gains = {
-        "steps": 1.0,
-        "arclength": step.ds,
-        "relative": step.relative,
-        "dissipated": step.dissipated,
-    }
-    readings = {name: state.readings[name] + gain for name, gain in gains.items()}
+    tensor = end.view.tensor
+    before = state.readings
     elapsed = tensor(step.time.log_elapsed)
-    readings["lam"] = tensor(end.lam)
-    readings["log_time"] = torch.logaddexp(state.readings["log_time"], elapsed)
+    readings = {
+        "steps": before["steps"] + 1,
+        "arclength": before["arclength"] + step.ds,
+        "relative": before["relative"] + step.relative,
+        "dissipated": before["dissipated"] + step.dissipated,
+        "lam": tensor(end.lam),
+        "log_time": torch.logaddexp(before["log_time"], elapsed),
+    }
     w = tensor(end.w)
-    segment = step.segment(state, w, readings)
-    tallies = added(state, accepted=1)
-    return replace(state, w=w, readings=readings, tallies=tallies, segment=segment)
+    return replace(
+        state,
+        w=w,
+        readings=readings,
+        tallies=added(state, accepted=1),
+        segment=step.segment(state, w, readings),
+    )
 
 
 def _next_piece(step: PieceStep, state: State, level: _Level) -> tuple[OnPiece, State]:
@@ -251,35 +305,36 @@ def _next_piece(step: PieceStep, state: State, level: _Level) -> tuple[OnPiece, 
     end = following(step.end, level)
     still = step.ds <= 1e-13 * step.end.at.length
     stalled = int(state.memory["stalled"]) + 1 if still else 0
-    state = replace(
-        state,
-        step_size=end.at.view.tensor(_guess(end)),
-        memory=memory_of(end.sample) | _face_memory(end, stalled),
-        tallies=added(state, events=1),
-    )
+    state = replace(state, tallies=added(state, events=1))
+    state = _with_memory(state, end, _guess(end), stalled)
     # more pieces of no length than there are corners: the choice goes round in rounding errors
-    round_and_round = state.memory["stalled"] > 20 + 2 * len(end.at.w)
-    return end, _stop_if_stuck(end, state.stopped(round_and_round, Status.STEP_TOO_SMALL))
+    corners = 2 * len(end.at.w)
+    round_and_round = state.memory["stalled"] > 20 + corners
+    state = state.stopped(round_and_round, Status.STEP_TOO_SMALL)
+    return end, _stop_if_stuck(end, state)
 
 
 def _refused(here: OnPiece, state: State, size: float) -> tuple[OnPiece, State]:
-    tallies = added(state, rejected=1)
-    state = replace(state, step_size=here.at.view.tensor(size), tallies=tallies)
+    state = replace(
+        state,
+        step_size=here.at.view.tensor(size),
+        tallies=added(state, rejected=1),
+    )
     return here, _stop_if_stuck(here, state)
 
 
 def _stop_if_stuck(here: OnPiece, state: State) -> State:
-    """The state, stopped where it cannot go on. A flow that ends does so about ‖h‖_*/‖Cu‖² further
-    on."""
-    left = here.at.dual_norm / here.curvature
+    """The state, stopped where it cannot go on."""
     largest = float(np.abs(here.at.w).max())
     stuck = not float(state.step_size) > 4 * EPS * largest
     blind = here.noise > 1e-2
-    near_its_end = left <= (1e-6 if blind or stuck else 256 * EPS) * largest
-    if here.at.dual_norm < 1e-290 or near_its_end:
+    near = 1e-6 if blind or stuck else 256 * EPS
+    if here.at.dual_norm < 1e-290 or here.left <= near * largest:
         status = Status.STATIONARY
     elif blind:
         status = Status.PRECISION_FLOOR
+    elif stuck:
+        status = Status.STEP_TOO_SMALL
     else:
-        status = Status.STEP_TOO_SMALL if stuck else Status.RUNNING
+        status = Status.RUNNING
     return state.stopped(state.running, status)
