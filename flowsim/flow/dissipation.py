@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_fraction, require_instance, require_positive
@@ -18,6 +19,7 @@ from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Target
 from flowsim.motion.state import State, initial_state
 from flowsim.norms.vector import L2
+from flowsim.numerics.batched import dot
 from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
@@ -54,8 +56,8 @@ class SmoothSign:
     def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         c = math.log(self.eps) - sigma  # log ε in the units of a
         unit = c.clamp_min(0.0)
-        small = torch.exp(c - unit).to(a)[:, None]
-        large = torch.exp(-unit).to(a)[:, None]
+        small = _exp_of_rows(c - unit, a)
+        large = _exp_of_rows(-unit, a)
         size = a.abs() * large + small
         return a / torch.where(size > 0, size, 1.0), -unit
 
@@ -77,8 +79,9 @@ class Huber:
     def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         c = math.log(self.delta) - sigma  # log δ in the units of a
         unit = c.clamp_max(0.0)
-        bound = torch.exp(c - unit).to(a)[:, None]
-        return (a * torch.exp(-unit).to(a)[:, None]).clamp(-bound, bound), sigma + unit
+        bound = _exp_of_rows(c - unit, a)
+        scaled = a * _exp_of_rows(-unit, a)
+        return scaled.clamp(-bound, bound), sigma + unit
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,14 @@ class Clipping:
         return f"clipped gradient flow, τ = {self.threshold:g}"
 
     def velocity(self, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        log_size = torch.log(L2().value(a).double())
-        return a, torch.minimum(sigma, math.log(self.threshold) - log_size)
+        size = L2().value(a).double()
+        log_bound = math.log(self.threshold) - torch.log(size)
+        return a, torch.minimum(sigma, log_bound)
+
+
+def _exp_of_rows(logs: PerTrajectory, a: Rows) -> Float[Tensor, "B 1"]:
+    """The exponential of one logarithm for each row of ``a``."""
+    return torch.exp(logs).to(a)[:, None]
 
 
 @dataclass(frozen=True)
@@ -107,19 +116,21 @@ class _PotentialField(Field):
 
     def __call__(self, objective: Objective, w: Tensor) -> Sample:
         lam, h = objective.ascent(w)
-        v, log_unit = self.potential.velocity(
-            h, -lam.double() if objective.logarithmic else torch.zeros_like(lam)
-        )
-        speed = torch.log(self.norm.value(v).double()) + log_unit
+        lam = lam.double()
+        log_loss = -lam if objective.logarithmic else torch.zeros_like(lam)
+        v, log_unit = self.potential.velocity(h, log_loss)
+        size = self.norm.value(v).double()
+        log_speed = torch.log(size) + log_unit
         u = self.norm.steepest(v)
-        rise = (h * u).sum(-1).double()
-        unit = torch.ones_like(rise)
+        unit = torch.ones_like(lam)
+        length = self.norm.value(w).double()
         rates = {
             "arclength": unit,
-            "relative": per_length(unit, self.norm.value(w).double()),
-            "dissipated": rise,
+            "relative": per_length(unit, length),
+            "dissipated": dot(h, u).double(),
         }
-        return Sample(u, lam.double(), h, self.norm.dual(h).double(), rates, -speed)
+        dual_norm = self.norm.dual(h).double()
+        return Sample(u, lam, h, dual_norm, rates, -log_speed)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ class DissipationFlow:
     """w' = −∇ψ*(g), g = ∇𝓛(w), for a potential `SmoothSign`, `Huber` or `Clipping`.
 
     t is its own time, lengths are in ℓ2, and the dissipated level is ∫⟨∇Λ, dw⟩. Smooth objectives
-    only: kinks are refused by the method."""
+    only: kinks are refused by the method. Methods with a clock of their own follow norms, and are
+    refused."""
 
     potential: Potential
     rtol: float = 1e-6
@@ -138,6 +150,13 @@ class DissipationFlow:
         expected = "one, try flowsim.SmoothSign(1e-8)"
         require_instance("DissipationFlow", Potential, expected, potential=self.potential)
         require_fraction("DissipationFlow", rtol=self.rtol, atol=self.atol)
+        explicit = "an explicit method, try flowsim.DOPRI5"
+        require_instance("DissipationFlow", Method, explicit, method=self.method)
+        if self.method.own_clock is not None:
+            raise ValueError(
+                f"DissipationFlow: got method={self.method!r}, which follows norms and would "
+                "ignore the potential, expected an explicit method, try flowsim.DOPRI5"
+            )
 
     @property
     def label(self) -> str:
@@ -148,7 +167,8 @@ class DissipationFlow:
         return _PotentialField(L2(), ARCLENGTH, self.rtol, self.atol, self.potential)
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        return self.method.start(self._field, problem, initial_state(problem, w_or_state))
+        state = initial_state(problem, w_or_state)
+        return self.method.start(self._field, problem, state)
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         return self.method.advance(self._field, problem, state, until, budget)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.flow.field import Field, Sample, require_smooth, sample_of
@@ -25,6 +26,7 @@ from flowsim.flow.steps import (
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.state import State
+from flowsim.numerics.batched import dot
 from flowsim.numerics.quadrature import log_mean_exp
 from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
@@ -76,16 +78,17 @@ class RungeKutta(Method):
         dt = state.step_size
         w, error, samples = runge_kutta(self, partial(field, objective), state.w, first, dt)
         elapsed, doubt = self._elapsed(samples, dt)
-        late = torch.exp(doubt - torch.logaddexp(state.readings["log_time"], elapsed))
-        others = [torch.where(torch.isfinite(late), late, 0.0)]
+        others = [_lateness(state, elapsed, doubt)]
         if objective.logarithmic:
-            others.append((samples[-1].ascent * error).sum(-1).abs().double())
+            rise = dot(samples[-1].ascent, error)
+            others.append(rise.abs().double())
         excess = excess_of(field, state.w, w, error, samples[-1], *others)
         state = count_attempt(state, excess <= 1, gradients=self.evaluations)
         moved = self._moved(objective, state, w, samples, elapsed)
-        size = dt * Controller(self.order).factor(excess)
-        state = replace(moved.where(excess <= 1, state), step_size=size)
-        return stop_if_stuck(state, size * length(first.velocity), torch.isfinite(excess))
+        state = moved.where(excess <= 1, state)
+        state = replace(state, step_size=dt * Controller(self.order).factor(excess))
+        move = state.step_size * length(first.velocity)
+        return stop_if_stuck(state, move, torch.isfinite(excess))
 
     def _moved(
         self, objective: Objective, state: State, w: Tensor, samples: list[Sample], elapsed: Tensor
@@ -95,7 +98,8 @@ class RungeKutta(Method):
         dt = state.step_size
         gains = {}
         for name in last.rates:
-            gains[name] = dt * combine(self.stages[-1], [s.rates[name] for s in inner])
+            rates = [s.rates[name] for s in inner]
+            gains[name] = dt * combine(self.stages[-1], rates)
         step = segment_between(objective, state, w, samples[0], last, dt)
         step = replace(step, bend=self._bend(state, w, samples))
         return moved_along(state, step, last, gains, elapsed)
@@ -107,7 +111,8 @@ class RungeKutta(Method):
         tau = state.step_size.to(w)[:, None]
         velocities = [s.velocity for s in samples]
         middle = state.w + tau * combine(self.middle, velocities)
-        return middle - 0.5 * (state.w + w) - 0.125 * tau * (velocities[0] - velocities[-1])
+        slopes = velocities[0] - velocities[-1]
+        return middle - 0.5 * (state.w + w) - 0.125 * tau * slopes
 
     def _elapsed(self, samples: list[Sample], dt: Tensor) -> tuple[PerTrajectory, PerTrajectory]:
         """log of the flow time that the step takes, and log of its error.
@@ -115,18 +120,35 @@ class RungeKutta(Method):
         Λ can move by many units in a step, and log dt/dτ with it. A log rate that is linear is
         integrated exactly; the pair's quadrature sees only the difference."""
         rates = torch.stack([s.log_time_rate for s in samples])
+        peak = rates.amax(0)
+        linear = log_mean_exp(rates[0], rates[-1])
+        rest = self._beyond_linear(rates, peak)
+        mean = torch.exp(linear - peak)
+        mean = mean + combine(self.stages[-1], rest[:-1])
+        log_mean = peak + torch.log(mean.clamp_min(1e-300))
+        log_mean = torch.where(mean > 0, log_mean, linear)
+        doubt = combine(self.error, rest).abs()
+        log_doubt = peak + torch.log(doubt)
+        log_dt = torch.log(dt)
+        return log_dt + log_mean, log_dt + log_doubt
+
+    def _beyond_linear(self, rates: Float[Tensor, "stages B"], peak: PerTrajectory) -> list[Tensor]:
+        """e^(r − peak) less that of a linear r with the same ends, for the log rate r of every
+        stage."""
         first = rates[0]
         last = rates[-1]
-        peak = rates.amax(0)
-        linear = log_mean_exp(first, last)
-        rest = [
-            torch.exp(rate - peak) - torch.exp(first + c * (last - first) - peak)
-            for c, rate in zip(self.nodes, rates, strict=True)
-        ]
-        mean = torch.exp(linear - peak) + combine(self.stages[-1], rest[:-1])
-        log_mean = torch.where(mean > 0, peak + torch.log(mean.clamp_min(1e-300)), linear)
-        doubt = peak + torch.log(combine(self.error, rest).abs())
-        return torch.log(dt) + log_mean, torch.log(dt) + doubt
+        rest = []
+        for c, rate in zip(self.nodes, rates, strict=True):
+            linear = first + c * (last - first)
+            rest.append(torch.exp(rate - peak) - torch.exp(linear - peak))
+        return rest
+
+
+def _lateness(state: State, elapsed: PerTrajectory, doubt: PerTrajectory) -> PerTrajectory:
+    """The error of log t after a step that takes a time of this logarithm and log error."""
+    log_time = torch.logaddexp(state.readings["log_time"], elapsed)
+    late = torch.exp(doubt - log_time)
+    return torch.where(torch.isfinite(late), late, 0.0)
 
 
 BOSH3 = RungeKutta(
@@ -185,7 +207,8 @@ def runge_kutta(
 
 def combine(weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
     """Σ c·v, added in order."""
-    first, *others = (c * v for c, v in zip(weights, values, strict=True) if c != 0)
+    pairs = zip(weights, values, strict=True)
+    first, *others = (c * v for c, v in pairs if c != 0)
     for term in others:
         first = first + term
     return first

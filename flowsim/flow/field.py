@@ -42,7 +42,8 @@ class Field:
     def __call__(self, objective: Objective, w: Rows) -> Sample:
         """The field where ∇Λ is one vector and the norm has one steepest direction."""
         lam, h = objective.ascent(w)
-        return self.sample(objective, w, lam, h, self.norm.steepest(h))
+        u = self.norm.steepest(h)
+        return self.sample(objective, w, lam, h, u)
 
     def sample(self, objective: Objective, w: Tensor, lam: Tensor, h: Tensor, u: Tensor) -> Sample:
         """The field with the element h of ∇Λ and the unit steepest direction u that have been
@@ -58,7 +59,8 @@ class Field:
             "dissipated": speed * dual_norm,
         }
         velocity = speed.to(w)[:, None] * u
-        return Sample(velocity, lam, h, dual_norm, rates, time_rate + torch.log(speed))
+        clock_rate = time_rate + torch.log(speed)
+        return Sample(velocity, lam, h, dual_norm, rates, clock_rate)
 
 
 def speed_of(clock: Clock) -> Speed:
@@ -101,4 +103,5 @@ def memory_of(sample: Sample) -> dict[str, Any]:
 def sample_of(state: State) -> Sample:
     """The inverse of `memory_of`."""
     names = ("velocity", "ascent", "dual_norm", "rates", "log_time_rate")
-    return Sample(lam=state.readings["lam"], **{name: state.memory[name] for name in names})
+    parts = {name: state.memory[name] for name in names}
+    return Sample(lam=state.readings["lam"], **parts)

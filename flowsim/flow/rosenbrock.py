@@ -38,7 +38,7 @@ from flowsim.motion.rule import advance_by_steps
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
-from flowsim.numerics.batched import bmm_one_by_one
+from flowsim.numerics.batched import bmm_one_by_one, dot
 from flowsim.numerics.quadrature import hermite
 from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
@@ -78,10 +78,10 @@ class Rosenbrock(Method):
             )
         sample = evaluate(field, objective, state.w)
         size = first_size(state.w, sample)
+        memory = {"excess": torch.ones_like(size), "refused": torch.zeros_like(size)}
         if "excess" in state.memory:
-            memory = {name: state.memory[name] for name in ("excess", "refused")}
+            memory = {name: state.memory[name] for name in memory}
         else:
-            memory = {"excess": torch.ones_like(size), "refused": torch.zeros_like(size)}
             state = without_size(state)
         return begun(objective, state, sample, size, memory)
 
@@ -104,7 +104,8 @@ class Rosenbrock(Method):
         last = evaluate(field, objective, w)
         others = _errors_of_level(root, error, last) if objective.logarithmic else ()
         excess = excess_of(field, state.w, w, error, last, *others)
-        chosen = self._moved(field, objective, state, w, last, solve).where(excess <= 1, state)
+        chosen = self._moved(field, objective, state, w, last, solve)
+        chosen = chosen.where(excess <= 1, state)
         chosen = count_attempt(chosen, excess <= 1, gradients=len(self.weights))
         chosen = self._resized(chosen, state, excess)
         move = chosen.step_size * length(first.velocity)
@@ -122,7 +123,8 @@ class Rosenbrock(Method):
         """The state after an accepted step to w."""
         first = sample_of(state)
         dt = state.step_size
-        path = smoothed(solve, segment_between(objective, state, w, first, last, dt))
+        path = segment_between(objective, state, w, first, last, dt)
+        path = smoothed(solve, path)
         gains = gains_along(field.norm, path, dt)
         elapsed = log_elapsed_in(objective, first, last, dt)
         return moved_along(state, path, last, gains, elapsed)
@@ -130,13 +132,15 @@ class Rosenbrock(Method):
     def _resized(self, state: State, before: State, excess: Tensor) -> State:
         """The state with its next step size, and what the one after will depend on."""
         control = Controller(self.order, broken=0.1, least=0.1, damping=0.1)
-        factor = control.factor(excess, before.memory["excess"], before.memory["refused"])
+        known = before.memory["excess"]
+        factor = control.factor(excess, known, before.memory["refused"])
         accepted = excess <= 1
         memory = {
-            "excess": torch.where(accepted, excess.clamp_min(1e-6), before.memory["excess"]),
+            "excess": torch.where(accepted, excess.clamp_min(1e-6), known),
             "refused": 1 - accepted.double(),
         }
-        return replace(state, step_size=before.step_size * factor, memory=state.memory | memory)
+        memory = state.memory | memory
+        return replace(state, step_size=before.step_size * factor, memory=memory)
 
 
 _G = 0.435866521508458999  # the root of g³ − 3g² + 3g/2 − 1/6 for which the method is L-stable
@@ -161,15 +165,20 @@ conditions."""
 def damping(norm: Norm, root: Float[Tensor, "B R P"], size: PerTrajectory) -> Solve:
     """v ↦ (1 + size·A⁻¹CᵀC)⁻¹v by Woodbury's identity, from the factor of 1 + size·CA⁻¹Cᵀ ``(B, R,
     R)``."""
-    raised = norm.dual(root)[..., None] * norm.steepest(root)  # A⁻¹ of every row of C
+    lengths = norm.dual(root)[..., None]
+    inverse = (lengths * norm.steepest(root)).mT  # A⁻¹Cᵀ, (B, P, R)
     scale = size.to(root)[:, None, None]
     eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-    factor, failed = torch.linalg.cholesky_ex(eye + scale * bmm_one_by_one(root, raised.mT))
-    factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)
+    gram = bmm_one_by_one(root, inverse)
+    factor, failed = torch.linalg.cholesky_ex(eye + scale * gram)
+    good = (failed == 0)[:, None, None]
+    factor = torch.where(good, factor, torch.nan)
 
     def solve(v: Tensor) -> Tensor:
-        inner = torch.cholesky_solve(bmm_one_by_one(root, v[..., None]), factor)
-        return v - (scale * bmm_one_by_one(raised.mT, inner))[..., 0]
+        seen = bmm_one_by_one(root, v[..., None])  # Cv
+        inner = torch.cholesky_solve(seen, factor)
+        stiff = scale * bmm_one_by_one(inverse, inner)
+        return v - stiff[..., 0]
 
     return solve
 
@@ -201,19 +210,25 @@ def attempt(
     tau = dt.to(w)[:, None]
     increments = [solve(tau * first.velocity)]
     for row, coupling in zip(pair.stages, pair.couplings, strict=True):
-        lag = combine(tuple(c / pair.gamma for c in coupling), increments)
-        increments.append(solve(tau * velocity(w + combine(row, increments)) + lag) - lag)
-    difference = tuple(a - b for a, b in zip(pair.weights, pair.embedded, strict=True))
-    return w + combine(pair.weights, increments), combine(difference, increments)
+        scaled = tuple(c / pair.gamma for c in coupling)
+        lag = combine(scaled, increments)
+        point = w + combine(row, increments)
+        ahead = solve(tau * velocity(point) + lag)
+        increments.append(ahead - lag)
+    solutions = zip(pair.weights, pair.embedded, strict=True)
+    difference = tuple(a - b for a, b in solutions)
+    end = w + combine(pair.weights, increments)
+    return end, combine(difference, increments)
 
 
 def _errors_of_level(
     root: Float[Tensor, "B R P"], error: Rows, last: Sample
 ) -> tuple[PerTrajectory, ...]:
     """|⟨h, e⟩|/max(1, |Λ|) and ‖Ce‖₂."""
-    rise = (last.ascent * error).sum(-1).abs().double()
-    spread = bmm_one_by_one(root, error[..., None])[..., 0]
-    return rise / last.lam.abs().clamp_min(1), length(spread)
+    rise = dot(last.ascent, error).abs().double()
+    level = last.lam.abs().clamp_min(1)
+    spread = bmm_one_by_one(root, error[..., None])
+    return rise / level, length(spread[..., 0])
 
 
 def smoothed(solve: Solve, step: Segment) -> Segment:
@@ -226,24 +241,32 @@ def smoothed(solve: Solve, step: Segment) -> Segment:
 def evaluate(field: Field, objective: Objective, w: Tensor) -> Sample:
     """The field on the clock `GRADIENT`."""
     sample = field(objective, w)
+    lam = sample.lam
     # exact, also where the gradient is zero
-    return replace(
-        sample, log_time_rate=sample.lam if objective.logarithmic else torch.zeros_like(sample.lam)
-    )
+    rate = lam if objective.logarithmic else torch.zeros_like(lam)
+    return replace(sample, log_time_rate=rate)
 
 
-_NODES, _WEIGHTS = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(4))
+_GAUSS = np.polynomial.legendre.leggauss(4)
+_NODES = _GAUSS[0] / 2 + 0.5
+_WEIGHTS = _GAUSS[1] / 2
 
 
 def gains_along(norm: Norm, path: Segment, dt: PerTrajectory) -> dict[str, PerTrajectory]:
     """∫‖dw‖, ∫‖dw‖/‖w‖ and ∫‖w'‖² dτ = ∫‖h‖_* ds of the cubic through both ends of a step, by Gauss
     quadrature."""
-    gained = {name: torch.zeros_like(dt) for name in ("arclength", "relative", "dissipated")}
-    for u, weight in zip((_NODES + 0.5).tolist(), _WEIGHTS.tolist(), strict=True):
-        w = hermite(path.w0.new_tensor(u), path.w0, path.w1, path.slope0, path.slope1)
-        slope = 6 * u * (1 - u) * (path.w1 - path.w0) + (1 - u) * (1 - 3 * u) * path.slope0
-        speed = norm.value(slope + u * (3 * u - 2) * path.slope1).double()
-        gained["arclength"] += weight * speed
-        gained["relative"] += weight * per_length(speed, norm.value(w).double())
-        gained["dissipated"] += weight * speed**2 / dt
-    return gained
+    arclength = torch.zeros_like(dt)
+    relative = torch.zeros_like(dt)
+    dissipated = torch.zeros_like(dt)
+    for u, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
+        place = path.w0.new_tensor(u)
+        w = hermite(place, path.w0, path.w1, path.slope0, path.slope1)
+        size = norm.value(w).double()
+        slope = 6 * u * (1 - u) * (path.w1 - path.w0)
+        slope = slope + (1 - u) * (1 - 3 * u) * path.slope0
+        slope = slope + u * (3 * u - 2) * path.slope1
+        speed = norm.value(slope).double()
+        arclength += weight * speed
+        relative += weight * per_length(speed, size)
+        dissipated += weight * speed**2 / dt
+    return {"arclength": arclength, "relative": relative, "dissipated": dissipated}

@@ -69,7 +69,8 @@ class SteepestFlow:
     def _method(self, problem: Objective) -> tuple[Method, Field]:
         norm = self.norm.bind(problem.layout)
         method = self.method or suited(norm, problem)
-        return method, Field(norm, self._clock_of(method), self.rtol, self.atol)
+        clock = self._clock_of(method)
+        return method, Field(norm, clock, self.rtol, self.atol)
 
     def _clock_of(self, method: Method) -> Clock:
         if method.own_clock is None:

@@ -74,11 +74,12 @@ class Controller:
         plain = self.safety * excess**-power
         grown = plain
         if before is not None:
-            growth = self.safety * excess ** (-(1 + self.damping) * power)
-            grown = growth * before ** (2 * self.damping * power)
+            damped = excess ** (-(1 + self.damping) * power)
+            grown = self.safety * damped * before ** (2 * self.damping * power)
         grown = grown.clamp(self.least, self.most)
         if refused is not None:
-            grown = grown.clamp_max(torch.where(refused > 0, 1.0, self.most))
+            most = torch.where(refused > 0, 1.0, self.most)
+            grown = grown.clamp_max(most)
         shrunk = plain.clamp(self.least, self.retry)
         shrunk = torch.where(torch.isfinite(excess), shrunk, self.broken)
         return torch.where(excess <= 1, grown, shrunk)
@@ -92,7 +93,9 @@ def length(v: Tensor) -> PerTrajectory:
 def first_size(w: Tensor, sample: Sample) -> PerTrajectory:
     """A step that moves by a thousandth of the weights' size, or of a unit; rejection corrects
     it."""
-    return 1e-3 * torch.where(length(w) > 0, length(w), 1.0) / length(sample.velocity)
+    size = length(w)
+    unit = torch.where(size > 0, size, 1.0)
+    return 1e-3 * unit / length(sample.velocity)
 
 
 def error_of_weights(field: Field, w0: Tensor, w1: Tensor, error: Tensor) -> PerTrajectory:
@@ -123,7 +126,8 @@ def begun(
     """The state at the start of a flow where the field is ``sample``, with a first step size (kept
     where the state has one), what else the method remembers, and a step of no length behind it."""
     kept = torch.isfinite(state.step_size)
-    still = segment_between(objective, state, state.w, sample, sample, torch.zeros_like(size))
+    nothing = torch.zeros_like(size)
+    still = segment_between(objective, state, state.w, sample, sample, nothing)
     kinks = state.multipliers
     still = replace(still, multipliers0=kinks, multipliers1=kinks)
     state = replace(
@@ -144,13 +148,17 @@ def without_size(state: State) -> State:
 
 def added(state: State, **counts: float | Tensor) -> dict[str, Tensor]:
     """The tallies of a state with these counts added."""
-    return state.tallies | {name: state.tallies[name] + count for name, count in counts.items()}
+    tallies = dict(state.tallies)
+    for name, count in counts.items():
+        tallies[name] = tallies[name] + count
+    return tallies
 
 
 def count_attempt(state: State, accepted: Tensor, **counts: float | Tensor) -> State:
     """The state with an attempt counted, and what it took, such as ``gradients``."""
     yes = accepted.double()
-    return replace(state, tallies=added(state, accepted=yes, rejected=1 - yes, **counts))
+    tallies = added(state, accepted=yes, rejected=1 - yes, **counts)
+    return replace(state, tallies=tallies)
 
 
 def stop_if_stuck(
@@ -160,9 +168,11 @@ def stop_if_stuck(
     within rounding of the weights, because the last one was not ``finite`` or was no good."""
     state = state.stopped(state.memory["dual_norm"] == 0, Status.STATIONARY)
     eps = torch.finfo(state.w.dtype).eps
+    rounding = 4 * eps * length(state.w)
     # not "≤", which lets steps pass that are no number
-    stuck = ~(move > 4 * eps * length(state.w) + least)
-    return state.stopped(stuck & ~finite, Status.NONFINITE).stopped(stuck, Status.STEP_TOO_SMALL)
+    stuck = ~(move > rounding + least)
+    state = state.stopped(stuck & ~finite, Status.NONFINITE)
+    return state.stopped(stuck, Status.STEP_TOO_SMALL)
 
 
 def moved_along(
@@ -173,7 +183,8 @@ def moved_along(
     before = state.readings
     log_time = torch.logaddexp(before["log_time"], elapsed)
     readings = {"steps": before["steps"] + 1, "lam": last.lam, "log_time": log_time}
-    readings |= {name: before[name] + gain for name, gain in gains.items()}
+    for name, gain in gains.items():
+        readings[name] = before[name] + gain
     step = replace(step, readings1=readings)
     memory = state.memory | memory_of(last)
     return replace(state, w=step.w1, readings=readings, memory=memory, segment=step)
@@ -215,7 +226,8 @@ def log_elapsed_in(objective: Objective, a: Sample, b: Sample, dt: PerTrajectory
     """log of the flow time that a step of ``dt`` units of the clock takes, from the field at both
     ends."""
     slopes = _log_rate_slopes(objective, a, b, dt)
-    return torch.log(dt) + log_elapsed(a.log_time_rate, b.log_time_rate, *slopes)
+    log_mean = log_elapsed(a.log_time_rate, b.log_time_rate, *slopes)
+    return torch.log(dt) + log_mean
 
 
 def _log_rate_slopes(
@@ -229,6 +241,8 @@ def _log_rate_slopes(
     if not objective.logarithmic:
         return turn, turn
     rest = turn - (b.lam - a.lam)
-    constant = turn.abs() <= 1e-12 * (1 + a.lam.abs())
-    start, end = (torch.where(constant, 0.0, dt * s.rates["dissipated"] + rest) for s in (a, b))
-    return start, end
+    start = dt * a.rates["dissipated"] + rest
+    end = dt * b.rates["dissipated"] + rest
+    tiny = 1e-12 * (1 + a.lam.abs())
+    constant = turn.abs() <= tiny
+    return torch.where(constant, 0.0, start), torch.where(constant, 0.0, end)

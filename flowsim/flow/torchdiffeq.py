@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.flow.field import Field, memory_of, require_smooth
@@ -11,10 +12,12 @@ from flowsim.flow.steps import Method, added, begun, first_size
 from flowsim.motion.clocks import Target
 from flowsim.motion.rule import one_by_one
 from flowsim.motion.state import State, Status
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-_EXTRAS = ("arclength", "relative", "dissipated", "time")
+_LENGTHS = ("arclength", "relative", "dissipated")
+_EXTRAS = (*_LENGTHS, "time")
 
 
 @dataclass(frozen=True)
@@ -55,77 +58,109 @@ class TorchDiffEq(Method):
         self, field: Field, budget: int, objective: Objective, state: State, until: Target
     ) -> State:
         """One call of torchdiffeq from the state's clock to the target's."""
-        from torchdiffeq import odeint
-
-        P = state.w.shape[1]
-        path = _Recorded(field, objective, state.memory["log_time_rate"], size=P, budget=budget)
-        y0 = torch.cat([state.w[0], state.w.new_zeros(len(_EXTRAS))])
+        extras = state.w.new_zeros(len(_EXTRAS))
+        y0 = torch.cat([state.w[0], extras])
         span = torch.cat([state.readings[field.clock.reading], until.value])
         if field.clock.reading == "log_time":
             span = torch.exp(span)
-        options = {"norm": lambda y: y[:P].square().mean().sqrt()}
+        unit = state.memory["log_time_rate"]
+        path = _Recorded(field, objective, unit, budget, last=(span[0], y0))
         status = Status.RUNNING
         try:
-            tolerance = {"rtol": field.rtol, "atol": field.atol}
-            y = odeint(path, y0, span, method=self.name, options=options, **tolerance)[-1]
-            tau = span[1]
+            path.last = (span[1], self._odeint(path, y0, span))
         except _BudgetSpent:
-            tau, y = path.last or (span[0], y0)
+            pass
         except AssertionError as error:
-            status = Status.NONFINITE if "non-finite" in str(error) else Status.STEP_TOO_SMALL
-            tau, y = path.last or (span[0], y0)
-        return self._arrived(field, objective, state, path, tau, y).stopped(state.running, status)
+            broken = "non-finite" in str(error)
+            status = Status.NONFINITE if broken else Status.STEP_TOO_SMALL
+        return path.arrived(state).stopped(state.running, status)
 
-    def _arrived(
-        self,
-        field: Field,
-        objective: Objective,
-        state: State,
-        path: "_Recorded",
-        tau: Tensor,
-        y: Tensor,
-    ) -> State:
-        w = y[None, : -len(_EXTRAS)]
-        extras = dict(zip(_EXTRAS, y[-len(_EXTRAS) :, None].double(), strict=True))
-        sample = field(objective, w)
-        log_time = path.log_time_unit + torch.log(extras["time"].clamp_min(0))
-        gained = {name: state.readings[name] + extras[name] for name in _EXTRAS[:-1]}
-        shown = torch.log(tau) if field.clock.reading == "log_time" else tau
-        readings = {
-            "steps": state.readings["steps"] + path.accepted,
-            "lam": sample.lam,
-            "log_time": torch.logaddexp(state.readings["log_time"], log_time),
-            **gained,
-            # the clock's own, so that it reaches its target
-            field.clock.reading: shown[None].double(),
-        }
-        rejected = path.attempted - path.accepted
-        tallies = added(state, gradients=path.calls + 1, accepted=path.accepted, rejected=rejected)
-        return replace(state, w=w, readings=readings, tallies=tallies, memory=memory_of(sample))
+    def _odeint(self, path: "_Recorded", y0: Tensor, span: Tensor) -> Tensor:
+        """The solution at the end of ``span``; weights alone take part in the error."""
+        from torchdiffeq import odeint
+
+        field = path.field
+
+        def norm(y: Tensor) -> Tensor:
+            w, _ = _parts(y)
+            return w.square().mean().sqrt()
+
+        solution = odeint(
+            path,
+            y0,
+            span,
+            rtol=field.rtol,
+            atol=field.atol,
+            method=self.name,
+            options={"norm": norm},
+        )
+        return solution[-1]
 
 
 class _BudgetSpent(Exception):
     pass
 
 
-class _Recorded:
-    """The field as torchdiffeq wants it, with readings as extra components; remembers the last
-    accepted point."""
+def _parts(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and readings in a state of torchdiffeq."""
+    return y[: -len(_EXTRAS)], y[-len(_EXTRAS) :]
 
-    def __init__(
-        self, field: Field, objective: Objective, log_time_unit: Tensor, *, size: int, budget: int
-    ) -> None:
-        self.field, self.objective, self.size, self.budget = field, objective, size, budget
-        self.log_time_unit = log_time_unit
-        self.calls = self.attempted = self.accepted = 0
-        self.last: tuple[Tensor, Tensor] | None = None
+
+@dataclass(eq=False)
+class _Recorded:
+    """The field as torchdiffeq wants it, with readings as extra components: time in units of
+    e^``unit``. Counts what is asked of it, and remembers the ``last`` accepted point."""
+
+    field: Field
+    objective: Objective
+    unit: PerTrajectory
+    budget: int
+    last: tuple[Tensor, Tensor]
+    calls: int = 0
+    attempted: int = 0
+    accepted: int = 0
+
+    def arrived(self, state: State) -> State:
+        """``state`` moved to the last accepted point."""
+        tau, y = self.last
+        w, extras = _parts(y)
+        sample = self.field(self.objective, w[None])
+        readings = self._gained(state.readings, extras) | {"lam": sample.lam}
+        # the clock's own, so that it reaches its target
+        clock = self.field.clock.reading
+        shown = torch.log(tau) if clock == "log_time" else tau
+        readings[clock] = shown[None].double()
+        tallies = added(
+            state,
+            gradients=self.calls + 1,
+            accepted=self.accepted,
+            rejected=self.attempted - self.accepted,
+        )
+        memory = memory_of(sample)
+        return replace(state, w=w[None], readings=readings, tallies=tallies, memory=memory)
+
+    def _gained(
+        self, before: dict[str, PerTrajectory], extras: Float[Tensor, " extras"]
+    ) -> dict[str, PerTrajectory]:
+        """The readings with what the solver has added to them."""
+        *lengths, time = extras[:, None].double()
+        log_time = self.unit + torch.log(time.clamp_min(0))
+        readings = {
+            "steps": before["steps"] + self.accepted,
+            "log_time": torch.logaddexp(before["log_time"], log_time),
+        }
+        for name, length in zip(_LENGTHS, lengths, strict=True):
+            readings[name] = before[name] + length
+        return readings
 
     def __call__(self, tau: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
-        sample = self.field(self.objective, y[None, : self.size])
-        time = torch.exp(sample.log_time_rate - self.log_time_unit)
-        extras = [*(sample.rates[name] for name in _EXTRAS[:-1]), time]
-        return torch.cat([sample.velocity[0], torch.cat(extras).to(y)])
+        w, _ = _parts(y)
+        sample = self.field(self.objective, w[None])
+        lengths = [sample.rates[name] for name in _LENGTHS]
+        time = torch.exp(sample.log_time_rate - self.unit)
+        extras = torch.cat([*lengths, time])
+        return torch.cat([sample.velocity[0], extras.to(y)])
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         """Before each attempt, from the point that was last accepted."""

@@ -155,3 +155,21 @@ def test_the_potential_is_one(potential):
 def test_the_tolerance_is_a_share():
     with pytest.raises(ValueError, match="DissipationFlow: got rtol=2"):
         fs.DissipationFlow(fs.Huber(), rtol=2)
+
+
+def test_a_method_that_follows_norms_is_refused():
+    for method in (fs.ROS34PW2, fs.KinkImplicit(), fs.ExactPieces(), fs.MinimisingMovement()):
+        with pytest.raises(ValueError, match="DissipationFlow: got method=.*try flowsim.DOPRI5"):
+            fs.DissipationFlow(fs.Huber(), method=method)
+    with pytest.raises(TypeError, match="DissipationFlow: got method='dopri5'"):
+        fs.DissipationFlow(fs.Huber(), method="dopri5")
+
+
+def test_the_potential_is_followed_by_other_explicit_methods():
+    problem, w0 = setting()
+    until = fs.time([1.0])
+    ends = []
+    for method in (fs.DOPRI5, fs.BOSH3):
+        flow = fs.DissipationFlow(fs.Huber(0.5), rtol=1e-8, method=method)
+        ends.append(fs.simulate(problem, flow, w0, until=until).weights[-1])
+    np.testing.assert_allclose(*ends, atol=1e-5)
