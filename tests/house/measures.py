@@ -175,7 +175,8 @@ def density(sources: list[Source]) -> float:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Pairs of rooms of which the first imports from the second; the list of public names is none."""
+    """Pairs of rooms of which the first imports from the second. The list of public names is
+    none."""
     pairs = {
         (source.room, MODULES[name].room)
         for source in SOURCES

@@ -1,4 +1,4 @@
-"""The house: imports point one way between rooms, public names exist, the numerical core stands alone."""
+"""The house: imports point one way, public names exist, the numerical core stands alone."""
 
 import ast
 import importlib

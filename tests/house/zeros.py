@@ -32,7 +32,8 @@ def modules() -> Iterator[Path]:
 
 
 def main_function(path: Path) -> str | None:
-    """The longest public function or method of a file, such as ``Norm.bind``; None where all are only declared."""
+    """The longest public function or method of a file, such as ``Norm.bind``; None where none
+    returns anything."""
     found: dict[str, int] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
@@ -55,9 +56,10 @@ def is_plain(function: ast.FunctionDef) -> bool:
 
 
 def length(function: ast.FunctionDef) -> int:
-    """Nodes of the body; 0 for a function that is only declared."""
-    body = [s for s in function.body if not isinstance(s, ast.Expr)]
-    return sum(1 for statement in body for _ in ast.walk(statement))
+    """Nodes of a function; 0 where it returns nothing that could be zero."""
+    nodes = list(ast.walk(function))
+    returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+    return len(nodes) if any(value is not None for value in returned) else 0
 
 
 # ---------------------------------------------------------------------------------------------
