@@ -16,7 +16,7 @@ All tensors are ``(P,)``; the largest of several blocks has one ball for each (`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Self, TypeAlias
@@ -25,24 +25,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowsim.convex.pairs import Pairs
+from flowsim.convex.pairs import Pairs, Products
 from flowsim.convex.smoothed import Curve, curved
 from flowsim.norms.blocks import Max
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
 from flowsim.numerics.shapes import Row
 
-Vector: TypeAlias = Row
-Products: TypeAlias = tuple[Tensor, ...]
-"""One tensor for every kind of inequality: see `Pairs`."""
-
 
 @dataclass(frozen=True)
 class BallDirection:
     """A Newton direction of the point, and of its slacks and forces."""
 
-    v: Vector
+    v: Row
     pairs: Pairs
+
+
+Direction: TypeAlias = Callable[[Tensor, Tensor], BallDirection]
+"""(dv, dg) -> the direction of all that a ball holds."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class BallNewton:
     """The Newton equations of a ball: see the module. ``direction`` makes of dv and dg the
     direction of all that the ball holds."""
 
-    stiff: Vector
-    pull: Vector
+    stiff: Row
+    pull: Row
     low: Float[Tensor, "k P"]
     weight: Float[Tensor, " k"]
-    direction: Callable[[Tensor, Tensor], BallDirection]
+    direction: Direction
 
 
 @dataclass(frozen=True)
 class BallIterate(ABC):
     """A point inside a ball, with its slacks and forces."""
 
-    v: Vector
+    v: Row
     pairs: Pairs
 
     @abstractmethod
-    def newton(self, g: Vector, targets: Products) -> BallNewton:
+    def newton(self, g: Row, targets: Products) -> BallNewton:
         """The Newton equations at g towards these products of slacks and forces."""
 
     def after(self, d: BallDirection, primal: float, dual: float) -> Self:
@@ -80,30 +80,39 @@ class LinfBall(BallIterate):
     radius: float
 
     @staticmethod
-    def at(v: Tensor, forces: Products, radius: float) -> "LinfBall":
-        return LinfBall(v, Pairs((radius - v, radius + v), forces), radius)
+    def at(v: Row, forces: Products, radius: float) -> "LinfBall":
+        slacks = radius - v, radius + v
+        return LinfBall(v, Pairs(slacks, forces), radius)
 
     @staticmethod
-    def begin(g: Tensor, mu: float, radius: float) -> "LinfBall":
-        total = torch.hypot(g, torch.full_like(g, mu / radius)) + mu / radius
-        return LinfBall.at(torch.zeros_like(g), ((total + g) / 2, (total - g) / 2), radius)
+    def begin(g: Row, mu: float, radius: float) -> "LinfBall":
+        centre = mu / radius
+        length = torch.hypot(g, torch.full_like(g, centre))
+        total = length + centre
+        forces = (total + g) / 2, (total - g) / 2
+        return LinfBall.at(torch.zeros_like(g), forces, radius)
 
-    def newton(self, g: Tensor, targets: Products) -> BallNewton:
-        (high, low), (above, below) = self.pairs.slacks, self.pairs.forces
+    def newton(self, g: Row, targets: Products) -> BallNewton:
+        high, low = self.pairs.slacks
+        above, below = self.pairs.forces
         up, down = targets
 
         def direction(dv: Tensor, dg: Tensor) -> BallDirection:
             rise = (up + above * dv) / high - above
             fall = (down - below * dv) / low - below
-            return BallDirection(dv, Pairs((-dv, dv), (rise, fall)))
+            pairs = Pairs((-dv, dv), (rise, fall))
+            return BallDirection(dv, pairs)
 
         stiff = above / high + below / low
         pull = g - up / high + down / low
-        return BallNewton(stiff, pull, g.new_zeros(0, len(g)), g.new_zeros(0), direction)
+        no_low = g.new_zeros(0, len(g))
+        no_weight = g.new_zeros(0)
+        return BallNewton(stiff, pull, no_low, no_weight, direction)
 
     def after(self, d: BallDirection, primal: float, dual: float) -> "LinfBall":
-        forces = self.pairs.after(d.pairs, primal, dual).forces
-        return LinfBall.at(self.v + primal * d.v, forces, self.radius)
+        v = self.v + primal * d.v
+        pairs = self.pairs.after(d.pairs, primal, dual)
+        return LinfBall.at(v, pairs.forces, self.radius)
 
 
 @dataclass(frozen=True)
@@ -113,38 +122,47 @@ class L1Ball(BallIterate):
 
     @staticmethod
     def at(pairs: Pairs) -> "L1Ball":
-        return L1Ball(pairs.slacks[0] - pairs.slacks[1], pairs)
+        plus, minus, _ = pairs.slacks
+        return L1Ball(plus - minus, pairs)
 
     @staticmethod
-    def begin(g: Tensor, mu: float, radius: float) -> "L1Ball":
-        part = torch.full_like(g, 0.45 * radius / len(g))
+    def begin(g: Row, mu: float, radius: float) -> "L1Ball":
+        size = len(g)
+        part = torch.full_like(g, 0.45 * radius / size)
         spare = g.new_tensor(0.1 * radius)
-        top = g.abs().amax() + mu * len(g) / radius
-        floor = 0.1 * mu * len(g) / radius
+        top = g.abs().amax() + mu * size / radius
+        floor = 0.1 * mu * size / radius
         above = (top - g).clamp_min(floor)
         below = (top + g).clamp_min(floor)
-        return L1Ball.at(Pairs((part, part, spare), (above, below, top)))
+        pairs = Pairs((part, part, spare), (above, below, top))
+        return L1Ball.at(pairs)
 
-    def newton(self, g: Tensor, targets: Products) -> BallNewton:
+    def newton(self, g: Row, targets: Products) -> BallNewton:
         budget = _Budget.of(self.pairs, g, targets)
-        moved = budget.forth - budget.back + budget.tilt * budget.short / budget.spread
-        lean = budget.tilt / budget.total
-        weight = 1 / (budget.slack + (4 * budget.right * budget.left / budget.total).sum())
-        pull = moved / budget.total + weight * lean * (lean @ moved)
+        total = budget.total
+        tilt = budget.tilt
 
         def direction(dv: Tensor, dg: Tensor) -> BallDirection:
+            spare = self.pairs.slacks[2]
             above, below, top = self.pairs.forces
             dtop = budget.top(dg)
-            dspare = (targets[2] - self.pairs.slacks[2] * (top + dtop)) / top
-            dabove = top + dtop - g - dg - above
-            dbelow = top + dtop + g + dg - below
-            slacks = (*budget.parts(dv, dg, dtop), dspare)
-            return BallDirection(dv, Pairs(slacks, (dabove, dbelow, dtop)))
+            moved_top = top + dtop
+            dplus, dminus = budget.parts(dv, dg, dtop)
+            dspare = (targets[2] - spare * moved_top) / top
+            dabove = moved_top - g - dg - above
+            dbelow = moved_top + g + dg - below
+            pairs = Pairs((dplus, dminus, dspare), (dabove, dbelow, dtop))
+            return BallDirection(dv, pairs)
 
-        return BallNewton(1 / budget.total, pull, lean[None], weight[None], direction)
+        drift = budget.forth - budget.back
+        missing = drift + tilt * budget.short / budget.spread
+        shared = 4 * budget.right * budget.left / total
+        weight = 1 / (budget.slack + shared.sum())
+        return _inverted(total, tilt / total, weight, missing, direction)
 
     def after(self, d: BallDirection, primal: float, dual: float) -> "L1Ball":
-        return L1Ball.at(self.pairs.after(d.pairs, primal, dual))
+        pairs = self.pairs.after(d.pairs, primal, dual)
+        return L1Ball.at(pairs)
 
 
 @dataclass(frozen=True)
@@ -156,29 +174,31 @@ class _Budget:
 
     the last from the budget Σ v⁺ + Σ v⁻ + γ = ρ, so that dv = total·dg − tilt·dτ + forth − back."""
 
-    right: Vector
-    left: Vector
+    right: Row
+    left: Row
     slack: Float[Tensor, ""]
-    forth: Vector
-    back: Vector
+    forth: Row
+    back: Row
     short: Float[Tensor, ""]
 
     @staticmethod
     def of(pairs: Pairs, g: Tensor, targets: Products) -> "_Budget":
         top = pairs.forces[2]
-        right, left, slack = (s / f for s, f in zip(pairs.slacks, pairs.forces, strict=True))
-        up, down, rest = (t / f for t, f in zip(targets, pairs.forces, strict=True))
+        aims = zip(targets, pairs.forces, strict=True)
+        right, left, slack = (s / f for s, f in pairs.kinds)
+        up, down, rest = (product / f for product, f in aims)
         forth = up - right * (top - g)
         back = down - left * (top + g)
-        short = pairs.slacks[2] - (forth + back).sum() - rest
+        spent = (forth + back).sum()
+        short = pairs.slacks[2] - spent - rest
         return _Budget(right, left, slack, forth, back, short)
 
     @property
-    def total(self) -> Vector:
+    def total(self) -> Row:
         return self.right + self.left
 
     @property
-    def tilt(self) -> Vector:
+    def tilt(self) -> Row:
         return self.right - self.left
 
     @property
@@ -187,7 +207,8 @@ class _Budget:
 
     def top(self, dg: Tensor) -> Float[Tensor, ""]:
         """dτ."""
-        return (self.tilt @ dg) / self.spread - self.short / self.spread
+        spread = self.spread
+        return (self.tilt @ dg) / spread - self.short / spread
 
     def parts(self, dv: Tensor, dg: Tensor, dtop: Tensor) -> tuple[Tensor, Tensor]:
         """dv⁺ and dv⁻. The looser of the two follows from dv: its own equation divides by a force
@@ -195,7 +216,9 @@ class _Budget:
         plus = self.forth + self.right * (dg - dtop)
         minus = self.back - self.left * (dg + dtop)
         loose = self.right > self.left
-        return torch.where(loose, dv + minus, plus), torch.where(loose, minus, plus - dv)
+        dplus = torch.where(loose, dv + minus, plus)
+        dminus = torch.where(loose, minus, plus - dv)
+        return dplus, dminus
 
 
 @dataclass(frozen=True)
@@ -209,16 +232,17 @@ class L2Ball(BallIterate):
     norm: Norm
     radius: float
 
-    def newton(self, g: Tensor, targets: Products) -> BallNewton:
+    def newton(self, g: Row, targets: Products) -> BallNewton:
         curve = _rounded(self.norm, g)
+        along = curve.along
         diagonal = self.radius * curve.diagonal
         twist = self.radius * curve.twist
         missing = self.radius * curve.slope - self.v
-        lean = curve.along / diagonal
         # the inverse of diag(diagonal) + twist·along alongᵀ
-        weight = -twist / (1 + twist * (curve.along @ lean)).clamp_min(1e-14)
-        pull = missing / diagonal + weight * lean * (lean @ missing)
-        return BallNewton(1 / diagonal, pull, lean[None], weight[None], _of_point)
+        lean = along / diagonal
+        growth = 1 + twist * (along @ lean)
+        weight = -twist / growth.clamp_min(1e-14)
+        return _inverted(diagonal, lean, weight, missing, _of_point)
 
 
 @dataclass(frozen=True)
@@ -232,17 +256,20 @@ class LpBall(BallIterate):
     p: float
     radius: float
 
-    def newton(self, g: Tensor, targets: Products) -> BallNewton:
+    def newton(self, g: Row, targets: Products) -> BallNewton:
         p = self.p
-        q = self.p / (self.p - 1)
+        q = p / (p - 1)
         length = torch.linalg.vector_norm(self.v, p)
         force = torch.linalg.vector_norm(g, q)
         unit = self.v / length
-        normal = torch.sign(unit) * unit.abs() ** (p - 1)
-        largest = torch.maximum(unit.abs(), (g.abs() / force) ** (q - 1)).clamp_min(1e-6)
-        stiff = (p - 1) * force / length * largest ** (p - 2)
+        size = unit.abs()
+        normal = torch.sign(unit) * size ** (p - 1)
+        of_g = (g.abs() / force) ** (q - 1)
+        size = size.maximum(of_g).clamp_min(1e-6)
+        stiff = (p - 1) * force / length * size ** (p - 2)
         spring = 1e6 * force / self.radius
-        pull = g - force * normal + spring * (self.radius - length) * normal
+        short = self.radius - length
+        pull = g - force * normal + spring * short * normal
         return BallNewton(stiff, pull, normal[None], spring[None], _of_point)
 
 
@@ -254,38 +281,43 @@ class ProductBall(BallIterate):
 
     @staticmethod
     def of(balls: tuple[BallIterate, ...]) -> "ProductBall":
+        v = torch.cat([ball.v for ball in balls])
         pairs = _joined([ball.pairs for ball in balls])
-        return ProductBall(torch.cat([ball.v for ball in balls]), pairs, balls)
+        return ProductBall(v, pairs, balls)
 
-    def newton(self, g: Tensor, targets: Products) -> BallNewton:
-        blocks = zip(self.balls, self._split(g), self._kinds(targets), strict=True)
-        parts = [ball.newton(x, products) for ball, x, products in blocks]
+    def newton(self, g: Row, targets: Products) -> BallNewton:
+        products = self._by_ball(targets)
+        blocks = zip(self.balls, self._split(g), products, strict=True)
+        parts = [ball.newton(x, aims) for ball, x, aims in blocks]
 
         def direction(dv: Tensor, dg: Tensor) -> BallDirection:
             steps = zip(parts, self._split(dv), self._split(dg), strict=True)
-            return BallDirection(dv, _joined([part.direction(x, y).pairs for part, x, y in steps]))
+            pairs = [part.direction(x, y).pairs for part, x, y in steps]
+            return BallDirection(dv, _joined(pairs))
 
-        return BallNewton(
-            torch.cat([part.stiff for part in parts]),
-            torch.cat([part.pull for part in parts]),
-            torch.block_diag(*[part.low for part in parts]).view(-1, len(g)),
-            torch.cat([part.weight for part in parts]),
-            direction,
-        )
+        stiff = torch.cat([part.stiff for part in parts])
+        pull = torch.cat([part.pull for part in parts])
+        low = torch.block_diag(*[part.low for part in parts])
+        weight = torch.cat([part.weight for part in parts])
+        return BallNewton(stiff, pull, low.view(-1, len(g)), weight, direction)
 
     def after(self, d: BallDirection, primal: float, dual: float) -> "ProductBall":
-        pairs = map(Pairs, self._kinds(d.pairs.slacks), self._kinds(d.pairs.forces))
+        slacks = self._by_ball(d.pairs.slacks)
+        forces = self._by_ball(d.pairs.forces)
+        pairs = map(Pairs, slacks, forces)
         parts = map(BallDirection, self._split(d.v), pairs)
         moves = zip(self.balls, parts, strict=True)
-        return ProductBall.of(tuple(ball.after(part, primal, dual) for ball, part in moves))
+        balls = [ball.after(part, primal, dual) for ball, part in moves]
+        return ProductBall.of(tuple(balls))
 
-    def _split(self, v: Tensor) -> Sequence[Tensor]:
+    def _split(self, v: Row) -> Products:
         return v.split([len(ball.v) for ball in self.balls])
 
-    def _kinds(self, tensors: Products) -> list[Products]:
+    def _by_ball(self, kinds: Products) -> list[Products]:
         """One tensor of every inequality as those of each ball."""
-        rest = iter(tensors)
-        return [tuple(islice(rest, len(ball.pairs.slacks))) for ball in self.balls]
+        rest = iter(kinds)
+        counts = [len(ball.pairs.slacks) for ball in self.balls]
+        return [tuple(islice(rest, count)) for count in counts]
 
 
 def supports_ball(norm: Norm) -> bool:
@@ -295,11 +327,12 @@ def supports_ball(norm: Norm) -> bool:
     return isinstance(norm, L1 | L2 | Linf | Lp)
 
 
-def ball_of(norm: Norm, g: Vector, mu: float, radius: float = 1.0) -> BallIterate:
+def ball_of(norm: Norm, g: Row, mu: float, radius: float = 1.0) -> BallIterate:
     """A point well inside the ball of a (bound) norm, for gradients like g and products near μ."""
     if isinstance(norm, Max):
         parts = norm.blocks_of(g)
-        return ProductBall.of(tuple(ball_of(p.norm, p.of(g), mu, p.scale) for p in parts))
+        balls = [ball_of(part.norm, part.of(g), mu, part.scale) for part in parts]
+        return ProductBall.of(tuple(balls))
     if isinstance(norm, Linf):
         return LinfBall.begin(g, mu, radius)
     if isinstance(norm, L1):
@@ -310,16 +343,26 @@ def ball_of(norm: Norm, g: Vector, mu: float, radius: float = 1.0) -> BallIterat
     return L2Ball(v, Pairs(), norm, radius)
 
 
+def _inverted(
+    diagonal: Row, lean: Row, weight: Tensor, missing: Row, direction: Direction
+) -> BallNewton:
+    """The equations of dv = M⁻¹ dg + missing with M = diag(1/diagonal) + weight·lean leanᵀ."""
+    pull = missing / diagonal + weight * lean * (lean @ missing)
+    return BallNewton(1 / diagonal, pull, lean[None], weight[None], direction)
+
+
 def _of_point(dv: Tensor, dg: Tensor) -> BallDirection:
     """The direction of a ball that holds nothing but its point."""
     return BallDirection(dv, Pairs())
 
 
 def _joined(pairs: list[Pairs]) -> Pairs:
-    slacks = tuple(s for each in pairs for s in each.slacks)
-    return Pairs(slacks, tuple(f for each in pairs for f in each.forces))
+    slacks = [s for held in pairs for s in held.slacks]
+    forces = [f for held in pairs for f in held.forces]
+    return Pairs(tuple(slacks), tuple(forces))
 
 
-def _rounded(norm: Norm, g: Tensor) -> Curve:
+def _rounded(norm: Norm, g: Row) -> Curve:
     """The dual norm at g, smooth also where numbers of g vanish."""
-    return curved(norm, g, 1e-7 * float(norm.dual(g)) + 1e-12)
+    least = 1e-7 * float(norm.dual(g)) + 1e-12
+    return curved(norm, g, least)

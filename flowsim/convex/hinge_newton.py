@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from flowsim.convex.balls import BallDirection, BallIterate, BallNewton
-from flowsim.convex.pairs import Pairs
+from flowsim.convex.pairs import Pairs, Products
 from flowsim.convex.programme import Flat, PerHinge, PerNeuron, PerRow, Programme
 
 
@@ -45,19 +46,20 @@ class HingedIterate:
 
     def products(self) -> tuple[float, int]:
         """The sum of all slacks times forces, and how many there are."""
-        (above, s), (up, down) = self.hinges.slacks, self.hinges.forces
         total, count = self.ball.pairs.products()
-        kinks = torch.where(self.live, up * above + down * s, 0.0).sum()
-        return total + float(kinks), count + 2 * int(self.live.sum())
+        above, s = self.hinges.slacks
+        up, down = self.hinges.forces
+        both = up * above + down * s
+        of_hinges = both.where(self.live, 0.0).sum()
+        return total + float(of_hinges), count + 2 * int(self.live.sum())
 
-    def targets(
-        self, mu: float, before: HingedDirection | None
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def targets(self, mu: float, before: HingedDirection | None) -> tuple[Products, Products]:
         """What products of the ball and of the hinges are to become: see `Pairs.targets`."""
         if before is None:
             return self.ball.pairs.targets(mu), self.hinges.targets(mu)
         ball = self.ball.pairs.targets(mu, before.ball.pairs)
-        return ball, self.hinges.targets(mu, before.hinges)
+        hinges = self.hinges.targets(mu, before.hinges)
+        return ball, hinges
 
     def to_boundary(self, d: HingedDirection) -> tuple[float, float]:
         """How far primal and dual variables may go; hinges that are not live do not move."""
@@ -68,13 +70,12 @@ class HingedIterate:
     def after(self, d: HingedDirection, primal: float, dual: float) -> "HingedIterate":
         """The iterate after these fractions of a direction; no weight to less than a thousandth or
         more than six times its size."""
-        return HingedIterate(
-            ball=self.ball.after(d.ball, primal, dual),
-            live=self.live,
-            hinges=self.hinges.after(d.hinges, primal, dual),
-            p=self.p * (1 + dual * d.p / self.p).clamp(1e-3, 6),
-            level=self.level + dual * d.level,
-        )
+        ball = self.ball.after(d.ball, primal, dual)
+        hinges = self.hinges.after(d.hinges, primal, dual)
+        growth = 1 + dual * d.p / self.p
+        p = self.p * growth.clamp(1e-3, 6)
+        level = self.level + dual * d.level
+        return HingedIterate(ball, self.live, hinges, p, level)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class _Springs:
     """The hinges between their two sides, of ratios ``a`` and ``b``. ``excess`` is s − z − Ev less
     its slack, and ``largest`` is Kᵀp, the sum of both forces at the solution."""
 
-    live: Bool[Tensor, "m N"]
+    programme: Programme
     hinges: Pairs
     a: PerHinge
     b: PerHinge
@@ -96,28 +97,38 @@ class _Springs:
 
     @staticmethod
     def of(programme: Programme, at: HingedIterate, v: PerNeuron) -> "_Springs":
-        live, (above, s), (up, down) = programme.live, at.hinges.slacks, at.hinges.forces
-        excess = torch.where(live, s - programme.z - programme.along(v) - above, 0.0)
-        a = torch.where(live, up / above, 0.0)
-        b = torch.where(live, down / s, 1.0)
-        return _Springs(live, at.hinges, a, b, excess, programme.largest_force(at.p))
+        above, s = at.hinges.slacks
+        up, down = at.hinges.forces
+        a = programme.where_live(up / above)
+        b = programme.where_live(down / s, 1.0)
+        excess = s - programme.z - programme.along(v) - above
+        excess = programme.where_live(excess)
+        largest = programme.largest_force(at.p)
+        return _Springs(programme, at.hinges, a, b, excess, largest)
+
+    @property
+    def both(self) -> PerHinge:
+        return self.a + self.b
 
     @property
     def slope(self) -> PerHinge:
-        return self.a / (self.a + self.b)
+        return self.a / self.both
 
     @property
     def stiffness(self) -> PerHinge:
-        return self.a * self.b / (self.a + self.b)
+        return self.a * self.b / self.both
 
-    def released(self, targets: tuple[Tensor, ...]) -> "_Release":
-        aims = zip(targets, self.hinges.slacks, strict=True)
-        up, down = (torch.where(self.live, product / slack, 0.0) for product, slack in aims)
+    def released(self, targets: Products) -> "_Release":
+        where_live = self.programme.where_live
+        above, s = self.hinges.slacks
+        held_up, held_down = self.hinges.forces
+        up = where_live(targets[0] / above)
+        down = where_live(targets[1] / s)
         over = up + down - self.largest
-        force = up - self.hinges.forces[0] - self.stiffness * self.excess - self.slope * over
-        lift = over / (self.a + self.b) - self.slope * self.excess
-        force, lift = (torch.where(self.live, x, 0.0) for x in (force, lift))
-        return _Release(self, down - self.hinges.forces[1], force, lift)
+        sunk = self.stiffness * self.excess
+        force = up - held_up - sunk - self.slope * over
+        lift = over / self.both - self.slope * self.excess
+        return _Release(self, down - held_down, where_live(force), where_live(lift))
 
 
 @dataclass(frozen=True)
@@ -133,10 +144,14 @@ class _Release:
     def direction(self, rise: PerHinge, largest: PerHinge) -> Pairs:
         """The direction with the changes ``rise`` of Ev and ``largest`` of Kᵀp."""
         springs = self.springs
-        force = self.force + springs.stiffness * rise + springs.slope * largest
-        s = self.lift + springs.slope * rise - largest / (springs.a + springs.b)
-        up, s = (torch.where(springs.live, x, 0.0) for x in (force, s))
-        return Pairs((s - rise + springs.excess, s), (up, self.down - springs.b * s))
+        slope = springs.slope
+        up = self.force + springs.stiffness * rise + slope * largest
+        s = self.lift + slope * rise - largest / springs.both
+        up = springs.programme.where_live(up)
+        s = springs.programme.where_live(s)
+        above = s - rise + springs.excess
+        down = self.down - springs.b * s
+        return Pairs((above, s), (up, down))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,44 +164,46 @@ class _Metric:
     """The matrix W⁻¹(1 + LLᵀ)W⁻ᵀ of v, where W whitens the blocks of the neurons and L is the low
     rank of the ball. The root of (1 + LLᵀ)⁻¹ is 1 − low diag(shrink) lowᵀ."""
 
-    root: Float[Tensor, "m D D"]
-    scale: PerNeuron
+    factor: "_Factor"
     low: Float[Tensor, "mD k"]
     shrink: Float[Tensor, " k"]
 
     @staticmethod
     def of(programme: Programme, springs: _Springs, ball: BallNewton) -> "_Metric":
         d = programme.inputs
+        x = programme.x
         blocks = programme.curb.clone()
-        blocks[:, :d, :d] += (programme.x.mT * springs.stiffness[:, None, :]) @ programme.x
+        blocks[:, :d, :d] += (x.mT * springs.stiffness[:, None, :]) @ x
         blocks.diagonal(dim1=1, dim2=2).add_(programme.blocked(ball.stiff))
-        scale = blocks.diagonal(dim1=1, dim2=2).rsqrt()
-        root = _cholesky(scale[:, :, None] * blocks * scale[:, None, :])
+        factor = _Factor.of(blocks)
         none = ball.weight[:0]
-        plain = _Metric(root, scale, none.new_zeros(scale.numel(), 0), none)
+        plain = _Metric(factor, none.new_zeros(factor.scale.numel(), 0), none)
         if not len(ball.low):
             return plain
         low = torch.stack([programme.blocked(row) for row in ball.low], -1)
         L = plain.whiten(low * ball.weight.sqrt())
         low, values, _ = torch.linalg.svd(L, full_matrices=False)
-        return replace(plain, low=low, shrink=1 - (1 + values**2).rsqrt())
+        shrink = 1 - (1 + values**2).rsqrt()
+        return replace(plain, low=low, shrink=shrink)
 
     def whiten(self, v: Float[Tensor, "m D k"]) -> Float[Tensor, "mD k"]:
-        scaled = self.scale[..., None] * v
-        return self._thinned(
-            torch.linalg.solve_triangular(self.root, scaled, upper=False).flatten(0, 1)
-        )
+        scaled = self.factor.scale[..., None] * v
+        blocks = solve_triangular(self.factor.root, scaled, upper=False)
+        return self._thinned(blocks.flatten(0, 1))
 
     def unwhiten(self, y: Float[Tensor, "mD 1"]) -> PerNeuron:
         """The transpose of `whiten`."""
-        blocks = self._thinned(y).view(*self.scale.shape, 1)
-        return self.scale * torch.linalg.solve_triangular(self.root.mT, blocks, upper=True)[..., 0]
+        scale = self.factor.scale
+        blocks = self._thinned(y).view(*scale.shape, 1)
+        solved = solve_triangular(self.factor.root.mT, blocks, upper=True)
+        return scale * solved[..., 0]
 
     def _thinned(self, y: Float[Tensor, "mD k"]) -> Float[Tensor, "mD k"]:
         """The low rank of the ball taken out of whitened numbers."""
         if not len(self.shrink):
             return y
-        return y - self.low @ (self.shrink[:, None] * (self.low.mT @ y))
+        along = self.shrink[:, None] * (self.low.mT @ y)
+        return y - self.low @ along
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +214,7 @@ class _Metric:
 @dataclass(frozen=True)
 class HingedNewton:
     """The factored equations at an iterate. ``white`` is the whitened A'ᵀ; the Schur complement of
-    the rows has the ``root`` after scaling; ``entropy`` is what their equation misses."""
+    the rows is ``schur``; ``entropy`` is what their equation misses."""
 
     programme: Programme
     at: HingedIterate
@@ -205,8 +222,7 @@ class HingedNewton:
     springs: _Springs
     metric: _Metric
     white: Float[Tensor, "mD R"]
-    root: Float[Tensor, "R R"]
-    scale: PerRow
+    schur: "_Factor"
     entropy: PerRow
 
     @staticmethod
@@ -215,64 +231,90 @@ class HingedNewton:
         v = programme.blocked(at.ball.v)
         temperature = max(programme.temperature, 0.1 * gap)
         springs = _Springs.of(programme, at, v)
-        g = programme.flat(programme.gradient(at.p, at.hinges.forces[0], v))
-        metric = _Metric.of(programme, springs, at.ball.newton(g, at.targets(mu, None)[0]))
+        g = programme.gradient(at.p, at.hinges.forces[0], v)
+        ball = at.ball.newton(g, at.ball.pairs.targets(mu))
+        metric = _Metric.of(programme, springs, ball)
         white = metric.whiten(_rows_with_hinges(programme, springs))
-        schur = white.mT @ white + _row_stiffness(programme, springs)
-        schur = schur + torch.diag(temperature / at.p)
-        scale = schur.diagonal().rsqrt()
-        root = _cholesky(scale[:, None] * schur * scale)
-        s = torch.where(programme.live, at.hinges.slacks[1], 0.0)
-        entropy = temperature * torch.log(at.p) + programme.margins(v, s) - at.level
-        return HingedNewton(programme, at, g, springs, metric, white, root, scale, entropy)
+        stiffness = white.mT @ white + _row_stiffness(programme, springs)
+        schur = _Factor.of(stiffness + torch.diag(temperature / at.p))
+        s = programme.where_live(at.hinges.slacks[1])
+        margins = programme.margins(v, s)
+        entropy = temperature * torch.log(at.p) + margins - at.level
+        return HingedNewton(programme, at, g, springs, metric, white, schur, entropy)
 
     def direction(self, mu: float, before: HingedDirection | None = None) -> HingedDirection:
         """The direction towards products of μ, corrected to second order after ``before``."""
         programme = self.programme
         ball_targets, hinge_targets = self.at.targets(mu, before)
-        release = self.springs.released(hinge_targets)
         ball = self.at.ball.newton(self.g, ball_targets)
+        release = self.springs.released(hinge_targets)
+        dv, dp, level = self._points(ball, release)
+        rise = programme.along(dv)
+        hinges = release.direction(rise, programme.largest_force(dp))
+        dg = programme.gradient_change(dp, hinges.forces[0], dv)
+        of_ball = ball.direction(programme.flat(dv), dg)
+        return HingedDirection(of_ball, hinges, dp, level)
+
+    def _points(self, ball: BallNewton, release: _Release) -> tuple[PerNeuron, PerRow, float]:
+        """dv, dp and the change of the level: what is left without slacks and forces."""
+        programme = self.programme
         pull = programme.blocked(ball.pull) - programme.forces_on_weights(release.force)
         pull = self.metric.whiten(pull[..., None])  # (mD, 1)
         lifted = programme.hinge_loss(release.lift)
-        dp, level = self._on_simplex(lifted - self.entropy - (self.white.mT @ pull)[:, 0])
-        dv = self.metric.unwhiten(pull + (self.white @ dp)[:, None])
-        hinges = release.direction(programme.along(dv), programme.largest_force(dp))
-        dg = programme.columns(dp) - programme.forces_on_weights(hinges.forces[0])
-        dg = programme.flat(dg - programme.curbed(dv))
-        return HingedDirection(ball.direction(programme.flat(dv), dg), hinges, dp, level)
+        carried = (self.white.mT @ pull)[:, 0]
+        dp, level = self._on_simplex(lifted - self.entropy - carried)
+        pull = pull + (self.white @ dp)[:, None]
+        return self.metric.unwhiten(pull), dp, level
 
     def _on_simplex(self, missed: PerRow) -> tuple[PerRow, float]:
         """dp with schur·dp − level = missed and Σ dp = 1 − Σp; and the level."""
-        free = self._solve(missed)
-        shift = self._solve(torch.ones_like(missed))
-        level = (1 - self.at.p.sum() - free.sum()) / shift.sum()
+        free = self.schur.solve(missed)
+        shift = self.schur.solve(torch.ones_like(missed))
+        short = 1 - self.at.p.sum() - free.sum()
+        level = short / shift.sum()
         return free + level * shift, float(level)
-
-    def _solve(self, b: PerRow) -> PerRow:
-        return self.scale * torch.cholesky_solve((self.scale * b)[:, None], self.root)[:, 0]
 
 
 def _rows_with_hinges(programme: Programme, springs: _Springs) -> Float[Tensor, "m D R"]:
     """A'ᵀ = (A − K diag(a/(a + b)) E)ᵀ."""
-    slope = programme.slope - programme.kinks * springs.slope[:, programme.example_of]
-    return torch.cat([slope[:, None, :] * programme.row_inputs, programme.ends], 1)
+    of_rows = springs.slope[:, programme.example_of]
+    slope = programme.slope - programme.kinks * of_rows
+    inner = slope[:, None, :] * programme.row_inputs
+    return torch.cat([inner, programme.ends], 1)
 
 
 def _row_stiffness(programme: Programme, springs: _Springs) -> Float[Tensor, "R R"]:
     """K diag(1/(a + b)) Kᵀ."""
-    kinked = programme.kinks / (springs.a + springs.b)[:, programme.example_of]
+    of_rows = springs.both[:, programme.example_of]
+    kinked = programme.kinks / of_rows
     return programme.same_example * (kinked.mT @ programme.kinks)
 
 
-def _cholesky(matrix: Float[Tensor, "*m D D"]) -> Float[Tensor, "*m D D"]:
-    """The root of a matrix with unit diagonal, or of many, with the least ridge that rounding asks
-    for."""
-    ridge = 0.0
-    eye = torch.eye(matrix.shape[-1]).to(matrix)
-    while ridge < 1e-4:
-        root, info = torch.linalg.cholesky_ex(matrix + ridge * eye)
-        if not bool(info.any()) and bool(torch.isfinite(root).all()):
-            return root
-        ridge = max(10 * ridge, 1e-15)
-    raise ArithmeticError("got a matrix that is not positive definite, even with a ridge of 1e-4")
+@dataclass(frozen=True)
+class _Factor:
+    """A matrix, or many: with its diagonal scaled to 1 it is ``root`` rootᵀ."""
+
+    scale: Float[Tensor, "*m D"]
+    root: Float[Tensor, "*m D D"]
+
+    @staticmethod
+    def of(matrix: Float[Tensor, "*m D D"]) -> "_Factor":
+        """With the least ridge that rounding asks for."""
+        scale = matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
+        scaled = scale[..., :, None] * matrix * scale[..., None, :]
+        eye = torch.eye(scale.shape[-1]).to(scale)
+        ridge = 0.0
+        while ridge < 1e-4:
+            root, info = torch.linalg.cholesky_ex(scaled + ridge * eye)
+            failed = bool(info.any())
+            if not failed and bool(torch.isfinite(root).all()):
+                return _Factor(scale, root)
+            ridge = max(10 * ridge, 1e-15)
+        raise ArithmeticError(
+            "got a matrix that is not positive definite, even with a ridge of 1e-4"
+        )
+
+    def solve(self, b: PerRow) -> PerRow:
+        """x with matrix·x = b, for one matrix."""
+        scaled = (self.scale * b)[:, None]
+        return self.scale * torch.cholesky_solve(scaled, self.root)[:, 0]

@@ -38,7 +38,8 @@ def solve_hinged(
     Where rounding ends the progress, the best point so far is returned, with its gap."""
     at = _begun(programme, norm) if start is None else _continued(programme, start)
     best = newest = _feasible(programme, norm, at)
-    keep, stale = at, 0
+    keep = at
+    stale = 0
     for count in range(1, 81):
         if best.gap <= tol or stale > 25:
             break
@@ -49,33 +50,43 @@ def solve_hinged(
         newest = _feasible(programme, norm, at)
         if not math.isfinite(newest.gap):
             break
-        keep = at if newest.gap > 1e-3 else keep
+        if newest.gap > 1e-3:
+            keep = at
         stale = 0 if newest.gap < 0.9 * best.gap else stale + 1
-        best = replace(newest if newest.gap < best.gap else best, newton=count, iterate=keep)
+        best = min(best, newest, key=lambda found: found.gap)
+        best = replace(best, newton=count, iterate=keep)
     return best
 
 
 def _begun(programme: Programme, norm: Norm) -> HingedIterate:
     """The usual start: v at the middle of the ball, weights between softmax and equal."""
-    live = programme.live
     p = _first_weights(programme)
     force = programme.largest_force(p) / 2
-    g = programme.flat(programme.columns(p) - programme.forces_on_weights(force))
-    mu = 0.1 / (2 * (g.numel() + int(live.sum())))
-    ball = ball_of(norm, g, mu)
+    pull = programme.columns(p) - programme.forces_on_weights(force)
+    mu = 0.1 / (2 * (pull.numel() + int(programme.live.sum())))
+    ball = ball_of(norm, programme.flat(pull), mu)
     v = programme.blocked(ball.v)
-    reach = programme.z + programme.along(v)
-    least = 1e-3 * float(programme.kinks.abs().amax()) / len(p) + 1e-300
-    s = torch.where(live, reach.clamp_min(0) + mu / force.clamp_min(least), 1.0)
-    above = torch.where(live, s - reach, 1.0)
-    level = (programme.temperature * torch.log(p) + programme.margins(v, s)).mean()
-    return HingedIterate(ball, live, Pairs((above, s), (force, force)), p, float(level))
+    hinges = _first_hinges(programme, v, force, mu)
+    margins = programme.margins(v, hinges.slacks[1])
+    level = programme.temperature * torch.log(p) + margins
+    return HingedIterate(ball, programme.live, hinges, p, float(level.mean()))
 
 
 def _first_weights(programme: Programme) -> PerRow:
-    s = torch.where(programme.live, programme.z.clamp_min(0), 0.0)
+    s = programme.where_live(programme.z.clamp_min(0))
     q = programme.offset - programme.hinge_loss(s)
     return SoftMaximum(programme.temperature).begin(q)
+
+
+def _first_hinges(programme: Programme, v: PerNeuron, force: PerHinge, mu: float) -> Pairs:
+    """Products of about μ with these forces on both sides."""
+    reach = programme.z + programme.along(v)
+    strongest = float(programme.kinks.abs().amax())
+    least = 1e-3 * strongest / len(programme.offset) + 1e-300
+    s = reach.clamp_min(0) + mu / force.clamp_min(least)
+    s = programme.where_live(s, 1.0)
+    above = programme.where_live(s - reach, 1.0)
+    return Pairs((above, s), (force, force))
 
 
 def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
@@ -84,10 +95,9 @@ def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
     force = programme.largest_force(start.p) / 2
     reach = programme.z + programme.along(programme.blocked(start.ball.v))
     s = reach.clamp_min(0) + 1e-3 * (1 + reach.abs())
-    (old_above, old_s), (old_up, old_down) = start.hinges.slacks, start.hinges.forces
-    slacks = torch.where(new, s - reach, old_above), torch.where(new, s, old_s)
-    forces = torch.where(new, force, old_up), torch.where(new, force, old_down)
-    return replace(start, live=programme.live, hinges=Pairs(slacks, forces))
+    first = Pairs((s - reach, s), (force, force))
+    hinges = first.where(new, start.hinges)
+    return replace(start, live=programme.live, hinges=hinges)
 
 
 def _feasible(programme: Programme, norm: Norm, at: HingedIterate) -> Optimum:
@@ -96,12 +106,14 @@ def _feasible(programme: Programme, norm: Norm, at: HingedIterate) -> Optimum:
     blocks = programme.blocked(v)
     p = at.p / at.p.sum()
     largest = programme.largest_force(p).clamp_min(0)
-    f = torch.where(programme.live, torch.minimum(at.hinges.forces[0], largest), 0.0)
-    reach = torch.where(programme.live, programme.z, 0.0) + programme.along(blocks)
+    f = programme.where_live(at.hinges.forces[0].minimum(largest))
+    reach = programme.where_live(programme.z) + programme.along(blocks)
     s = reach.clamp_min(0)
-    surprise = SoftMaximum(programme.temperature).gap(p, programme.margins(blocks, s))
-    g = programme.flat(programme.gradient(p, f, blocks))
-    gap = surprise + (largest * s - f * reach).sum() + norm.dual(g) - g @ v
+    margins = programme.margins(blocks, s)
+    surprise = SoftMaximum(programme.temperature).gap(p, margins)
+    work = (largest * s - f * reach).sum()
+    g = programme.gradient(p, f, blocks)
+    gap = surprise + work + norm.dual(g) - g @ v
     return Optimum(blocks, p, f, float(gap), 0, at)
 
 
@@ -114,25 +126,32 @@ def _advanced(programme: Programme, at: HingedIterate, gap: float, tol: float) -
     affine = newton.direction(0.0 if count else 0.1 * mu)
     # products far below the gap, or below the one that is asked for, only make the equations worse
     least = max(0.2 * tol, 0.01 * gap) / max(count, 1)
-    direction = newton.direction(max(_centring(at, affine) * mu, min(mu, least)), affine)
+    aim = max(_centring(at, affine) * mu, min(mu, least))
+    direction = newton.direction(aim, affine)
     primal, dual = at.to_boundary(direction)
     keep = max(0.95, 1 - mu)
-    steady = min(keep * dual, _steady(at.p, direction.p))
-    return at.after(direction, min(1.0, keep * primal), min(1.0, steady))
+    primal = min(1.0, keep * primal)
+    dual = min(1.0, keep * dual, _steady(at.p, direction.p))
+    return at.after(direction, primal, dual)
 
 
 def _centring(at: HingedIterate, affine: HingedDirection) -> float:
     """The part of μ to aim at, by what the predictor leaves of the products."""
     primal, dual = (min(1.0, 0.9995 * a) for a in at.to_boundary(affine))
-    ahead = at.after(affine, primal, dual).products()[0]
-    left = min(1.0, max(ahead, 0.0) / max(at.products()[0], 1e-300))
-    centring = min(0.8, max(1e-4, left**3))
-    return max(centring, 0.3) if min(primal, dual) < 0.1 else centring
+    now, _ = at.products()
+    ahead, _ = at.after(affine, primal, dual).products()
+    left = max(ahead, 0.0) / max(now, 1e-300)
+    centring = max(1e-4, min(1.0, left) ** 3)
+    short = min(primal, dual) < 0.1
+    return min(0.8, max(centring, 0.3 if short else 0.0))
 
 
 def _steady(p: PerRow, dp: PerRow) -> float:
     """How far the weights may go: none that counts to zero, none to more than six times its
     size."""
-    falls = torch.where((p > 1e-2) & (dp < 0), -0.95 * p / dp.clamp_max(-1e-300), math.inf)
-    rises = torch.where((p > 1e-3) & (dp > 0), 5 * p / dp.clamp_min(1e-300), math.inf)
-    return float(torch.minimum(falls, rises).amin())
+    to_zero = -0.95 * p / dp.clamp_max(-1e-300)
+    to_six = 5 * p / dp.clamp_min(1e-300)
+    falls = (p > 1e-2) & (dp < 0)
+    rises = (p > 1e-3) & (dp > 0)
+    ends = torch.cat([to_zero[falls], to_six[rises]])
+    return min(ends.tolist(), default=math.inf)

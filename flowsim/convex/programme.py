@@ -67,29 +67,45 @@ class Programme:
 
     def rows(self, v: PerNeuron) -> PerRow:
         """Av."""
-        along = (v[:, : self.inputs] @ self.x.mT)[:, self.example_of]
-        outer = torch.einsum("jcr,jc->r", self.ends, v[:, self.inputs :])
+        along = self._inner(v)[:, self.example_of]
+        outer = torch.einsum("jcr,jc->r", self.ends, self._outer(v))
         return (self.slope * along).sum(0) + outer
 
     def columns(self, p: PerRow) -> PerNeuron:
         """Aᵀp."""
-        return torch.cat([(self.slope * p) @ self.row_inputs.mT, self.ends @ p], 1)
+        inner = (self.slope * p) @ self.row_inputs.mT
+        outer = self.ends @ p
+        return torch.cat([inner, outer], 1)
 
     def along(self, v: PerNeuron) -> PerHinge:
         """Ev where hinges are live, 0 elsewhere."""
-        return torch.where(self.live, v[:, : self.inputs] @ self.x.mT, 0.0)
+        return self.where_live(self._inner(v))
+
+    def where_live(self, f: PerHinge, other: float = 0.0) -> PerHinge:
+        """f where hinges are live, and another number elsewhere."""
+        return f.where(self.live, other)
+
+    def _inner(self, v: PerNeuron) -> PerHinge:
+        """⟨x_i, w_j⟩."""
+        return v[:, : self.inputs] @ self.x.mT
+
+    def _outer(self, v: PerNeuron) -> Float[Tensor, "m C"]:
+        return v[:, self.inputs :]
 
     def forces_on_weights(self, f: PerHinge) -> PerNeuron:
         """Eᵀf."""
-        return torch.nn.functional.pad(f @ self.x, (0, self.ends.shape[1]))
+        outer = self.ends.shape[1]
+        return torch.nn.functional.pad(f @ self.x, (0, outer))
 
     def hinge_loss(self, s: PerHinge) -> PerRow:
         """Ks, what the hinges take from the margins."""
-        return (self.kinks * s[:, self.example_of]).sum(0)
+        of_rows = s[:, self.example_of]
+        return (self.kinks * of_rows).sum(0)
 
     def largest_force(self, p: PerRow) -> PerHinge:
         """Kᵀp."""
-        return torch.zeros_like(self.z).index_add_(1, self.example_of, self.kinks * p)
+        force = torch.zeros_like(self.z)
+        return force.index_add_(1, self.example_of, self.kinks * p)
 
     def margins(self, v: PerNeuron, s: PerHinge) -> PerRow:
         """q = b + Av − Ks."""
@@ -99,16 +115,25 @@ class Programme:
         """Cv."""
         return (self.curb @ v[..., None])[..., 0]
 
-    def gradient(self, p: Tensor, f: Tensor, v: Tensor) -> PerNeuron:
-        """g = Aᵀp − Eᵀf − C(v − c)."""
-        return self.columns(p) - self.forces_on_weights(f) - self.curbed(v - self.centre)
+    def gradient(self, p: PerRow, f: PerHinge, v: PerNeuron) -> Flat:
+        """g = Aᵀp − Eᵀf − C(v − c), in the order of a net."""
+        return self.gradient_change(p, f, v - self.centre)
+
+    def gradient_change(self, dp: PerRow, df: PerHinge, dv: PerNeuron) -> Flat:
+        """dg = Aᵀdp − Eᵀdf − C dv."""
+        pull = self.columns(dp) - self.forces_on_weights(df)
+        return self.flat(pull - self.curbed(dv))
 
     def flat(self, v: PerNeuron) -> Flat:
         """The weights in the order of a net: all inner ones, then the outer ones."""
-        return torch.cat([v[:, : self.inputs].flatten(), v[:, self.inputs :].mT.flatten()])
+        inner = v[:, : self.inputs].flatten()
+        outer = self._outer(v).mT.flatten()
+        return torch.cat([inner, outer])
 
     def blocked(self, v: Flat) -> PerNeuron:
         """`flat`, undone."""
         m = len(self.z)
-        d = self.inputs
-        return torch.cat([v[: m * d].view(m, d), v[m * d :].view(-1, m).mT], 1)
+        end = m * self.inputs
+        inner = v[:end].view(m, self.inputs)
+        outer = v[end:].view(-1, m).mT
+        return torch.cat([inner, outer], 1)

@@ -48,7 +48,7 @@ def test_a_direction_solves_the_unreduced_equations(name):
     assert float((at.p + d.p).sum()) == pytest.approx(1, abs=1e-12)
     # the ball: what it asks of dv at the new gradient
     ball = at.ball.newton(newton.g, at.targets(mu, None)[0])
-    dg = task.flat(task.gradient(at.p + d.p, up + dup, v + dv)) - newton.g
+    dg = task.gradient(at.p + d.p, up + dup, v + dv) - newton.g
     answer = ball.stiff * d.ball.v + (ball.weight * (ball.low @ d.ball.v)) @ ball.low
     torch.testing.assert_close(answer, dg + ball.pull, rtol=1e-6, atol=1e-7)
 
