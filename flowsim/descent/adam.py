@@ -18,7 +18,7 @@ from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adaptive(WithLearningRate):
     """Each weight by its own gradients, g = ∇𝓛 (the gradient of the **sum** loss), k = 1, 2, …:
 
@@ -46,12 +46,14 @@ class Adaptive(WithLearningRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.betas, tuple | list) and len(self.betas) == 2):
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not pair:
             raise ValueError(
                 f"{self.name}: got betas={self.betas!r}, expected two numbers, try (0.9, 0.999)"
             )
         first, second = self.betas
-        require_share(self.name, beta1=first, beta2=0.0 if second is None else second)
+        forgets = second is not None
+        require_share(self.name, beta1=first, beta2=second if forgets else 0.0)
         require_not_negative(self.name, eps=self.eps)
 
     @property
@@ -67,35 +69,49 @@ class Adaptive(WithLearningRate):
         return "Adaptive sum" if self.betas[1] is None else "Adaptive"
 
     def blank(self, problem: Objective, state: State) -> Memory:
-        names = ["first", "second"] if self.betas[0] > 0 else ["second"]
-        return {"frame": no_frame(state)} | {name: torch.zeros_like(state.w) for name in names}
+        memory = {"frame": no_frame(state), "second": torch.zeros_like(state.w)}
+        # without β₁ the first moment is the gradient, and nothing to remember
+        if self.betas[0] > 0:
+            memory["first"] = torch.zeros_like(state.w)
+        return memory
 
     def plan(
         self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
-        frame = Frame.follow(problem, state, self._forget, head=_head(state.w.dtype))
+        head = _head(state.w.dtype)
+        frame = Frame.follow(problem, state, self._forget, head)
         first, second = self._moments(state, frame)
-        move = self._move(first, second, frame, state.memory["age"] + 1, torch.exp(log_lr))
-        own = {"frame": frame.log_unit, "first": first, "second": second}
-        log_time = 2 * log_lr if self.betas[1] is None else log_lr
-        # without β₁ the first moment is the gradient, and nothing to remember
-        own = {name: value for name, value in own.items() if name in state.memory}
+        age = state.memory["age"] + 1
+        lr = torch.exp(log_lr)
+        move = self._move(first, second, frame, age, lr)
+        sums = self.betas[1] is None
+        log_time = 2 * log_lr if sums else log_lr
+        own = {"frame": frame.log_unit, "second": second}
+        if "first" in state.memory:
+            own["first"] = first
         return Step(move, log_time=log_time), own
 
     @property
     def _forget(self) -> float:
         beta1, beta2 = self.betas
-        return 1.0 if beta2 is None else max(beta1, math.sqrt(beta2))
+        if beta2 is None:
+            return 1.0
+        return max(beta1, math.sqrt(beta2))
 
     def _moments(self, state: State, frame: Frame) -> tuple[Tensor, Tensor]:
         """Averages of −g and of g², in units of the frame and of its square."""
-        (beta1, beta2), memory, g = self.betas, state.memory, frame.gradient(state)
-        share = 1.0 if beta2 is None else 1 - beta2
-        kept = frame.keep**2 if beta2 is None else beta2 * frame.keep**2
-        second = torch.addcmul(kept * memory["second"], g, g, value=share)
+        beta1, beta2 = self.betas
+        memory = state.memory
+        g = frame.gradient(state)
+        kept = 1.0 if beta2 is None else beta2
+        added = 1.0 if beta2 is None else 1 - beta2
+        second = kept * frame.keep**2 * memory["second"]
+        second = torch.addcmul(second, g, g, value=added)
         if "first" not in memory:
             return g, second
-        return torch.add(beta1 * frame.keep * memory["first"], g, alpha=1 - beta1), second
+        first = beta1 * frame.keep * memory["first"]
+        first = torch.add(first, g, alpha=1 - beta1)
+        return first, second
 
     def _move(self, first: Tensor, second: Tensor, frame: Frame, age: Tensor, lr: Tensor) -> Tensor:
         """η(m/a)/(√v/b + ε), with 0/0 = 0, as m over √v·a/(bη) + aε/η."""
@@ -106,14 +122,18 @@ class Adaptive(WithLearningRate):
             b = torch.sqrt(1 - beta2**age)
         # not below the root of the smallest square, so that no gradient stays at rest
         numbers = torch.finfo(second.dtype)
-        eps = frame.inside(self.eps, 1).clamp_min((numbers.tiny * numbers.eps) ** 0.5)
-        factor, term = (value.to(second)[:, None] for value in (a / (b * lr), a * eps / lr))
-        return first / second.sqrt().mul_(factor).add_(term)
+        smallest = (numbers.tiny * numbers.eps) ** 0.5
+        eps = frame.inside(self.eps, 1).clamp_min(smallest)
+        factor = (a / (b * lr)).to(second)
+        term = (a * eps / lr).to(second)
+        divisor = second.sqrt()
+        divisor.mul_(factor[:, None])
+        divisor.add_(term[:, None])
+        return first / divisor
 
 
 def _head(dtype: torch.dtype) -> float:
-    """Where in the range of numbers the gradient is put, so that squares of all its entries are
-    inside."""
+    """Where in the range of numbers the gradient is put: squares of all its entries are inside."""
     return 0.46 * math.log(torch.finfo(dtype).max)
 
 
@@ -144,9 +164,11 @@ def AdamW(
 
 def RMSProp(lr: LearningRateLike = 1e-2, *, beta: float = 0.99, eps: float = 1e-8) -> Adaptive:
     """w ← w − η g/(√v + ε), v the average of g² (Tieleman & Hinton 2012)."""
-    return Adaptive(lr, (0.0, beta), eps, 0.0, False, "RMSProp")
+    betas = (0.0, beta)
+    return Adaptive(lr, betas, eps, 0.0, False, "RMSProp")
 
 
 def AdaGrad(lr: LearningRateLike = 1e-2, *, eps: float = 1e-10) -> Adaptive:
     """w ← w − η g/(√Σg² + ε) (Duchi, Hazan & Singer 2011)."""
-    return Adaptive(lr, (0.0, None), eps, 0.0, False, "AdaGrad")
+    sums = (0.0, None)
+    return Adaptive(lr, sums, eps, 0.0, False, "AdaGrad")

@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flowsim.checks import require_flag, require_instance, require_whole
-from flowsim.descent.rule import Discrete
+from flowsim.descent.rule import Discrete, Memory
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import advance_by_steps
+from flowsim.motion.rule import Labelled, advance_by_steps
 from flowsim.motion.state import State, initial_state
 from flowsim.numerics.shapes import PerTrajectory, Row, Rows
 from flowsim.problems.problem import Problem
@@ -29,14 +29,15 @@ class Sampled:
     def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """The level of the estimated loss, and its gradient."""
         lam, h = self.batch.ascent(w)
-        return lam - math.log(self.whole.examples / self.batch.examples), h
+        repeated = self.whole.examples / self.batch.examples
+        return lam - math.log(repeated), h
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
 
-@dataclass(frozen=True)
-class MiniBatches:
+@dataclass(frozen=True, repr=False)
+class MiniBatches(Labelled):
     """``rule`` with the gradient of ``size`` examples in each step, drawn without replacement from
     a shuffling of all of them, or with ``replacement``.
 
@@ -74,30 +75,35 @@ class MiniBatches:
                 "examples"
             )
         given = initial_state(problem, w_or_state)
-        w = given.w
-        memory = given.memory
-        if "stream" in memory:
-            stream = memory["stream"]
-            order = memory["order"]
-            age = memory["age"]
-        else:
-            stream = torch.tensor([_stream(row, self.seed) for row in w], device=w.device)
-            age = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-            none = torch.zeros(len(w), problem.examples).long()
-            order = self._shuffled(problem, stream, age, none)
-        state = self.rule.start(self._sampled(problem, order, age), w_or_state)
+        drawn = given.memory
+        if "stream" not in drawn:
+            drawn = self._first_epoch(problem, given.w)
+        order = drawn["order"]
+        sampled = self._sampled(problem, order, drawn["age"])
+        state = self.rule.start(sampled, w_or_state)
         # a batch without a gradient is no reason to stop
         state = replace(state, status=given.status)
-        return self._seen(problem, state, stream=stream, order=order)
+        return self._seen(problem, state, stream=drawn["stream"], order=order)
+
+    def _first_epoch(self, problem: Problem, w: Rows) -> Memory:
+        streams = [_stream(row, self.seed) for row in w]
+        stream = torch.tensor(streams, device=w.device)
+        age = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+        none = torch.zeros(len(w), problem.examples).long()
+        order = self._shuffled(problem, stream, age, none)
+        return {"stream": stream, "age": age, "order": order}
 
     def advance(self, problem: Problem, state: State, until: Target, budget: int) -> State:
         norm = self.rule.bound(problem)
 
         def step(part: Problem, local: State) -> State:
-            age = local.memory["age"] + 1  # of the gradient that the step ends with
-            order = self._shuffled(part, local.memory["stream"], age, local.memory["order"])
-            estimated = replace(local, readings=local.readings | {"lam": local.memory["level"]})
-            moved = self.rule.step(self._sampled(part, order, age), norm, estimated)
+            memory = local.memory
+            age = memory["age"] + 1  # of the gradient that the step ends with
+            order = self._shuffled(part, memory["stream"], age, memory["order"])
+            sampled = self._sampled(part, order, age)
+            readings = local.readings | {"lam": memory["level"]}
+            estimated = replace(local, readings=readings)
+            moved = self.rule.step(sampled, norm, estimated)
             return self._seen(part, moved, order=order)
 
         return advance_by_steps(step, problem, state, until, budget)
@@ -105,8 +111,10 @@ class MiniBatches:
     @staticmethod
     def _seen(problem: Problem, state: State, **kept: Tensor) -> State:
         """A state of the rule as it is seen from outside: with the level of all examples."""
-        memory = state.memory | {"level": state.readings["lam"]} | kept
-        readings = state.readings | {"lam": problem.lam(state.w).double()}
+        level = state.readings["lam"]
+        memory = state.memory | {"level": level} | kept
+        lam = problem.lam(state.w).double()
+        readings = state.readings | {"lam": lam}
         return replace(state, memory=memory, readings=readings)
 
     def _epoch(self, problem: Problem) -> int:
@@ -120,21 +128,28 @@ class MiniBatches:
         begins = (age % epoch == 0).nonzero().squeeze(1)
         if begins.numel() == 0:
             return order
-        rows = [self._drawn(problem.examples, int(stream[b]), int(age[b]) // epoch) for b in begins]
-        return order.to(age.device).index_copy(0, begins, torch.stack(rows).to(age.device))
+        rows = []
+        for b in begins:
+            number = int(age[b]) // epoch
+            rows.append(self._drawn(problem.examples, int(stream[b]), number))
+        drawn = torch.stack(rows).to(age.device)
+        return order.to(age.device).index_copy(0, begins, drawn)
 
     def _drawn(self, examples: int, stream: int, epoch: int) -> Int[Tensor, " N"]:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{stream} {epoch}".encode()))
+        seed = zlib.crc32(f"{stream} {epoch}".encode())
+        generator = torch.Generator().manual_seed(seed)
         if self.replacement:
             return torch.randint(examples, (examples,), generator=generator)
         return torch.randperm(examples, generator=generator)
 
     def _sampled(self, problem: Problem, order: Tensor, age: Tensor) -> Any:
         first = (age % self._epoch(problem)).long() * self.size
-        index = order.gather(1, first[:, None] + torch.arange(self.size, device=order.device))
+        places = torch.arange(self.size, device=order.device)
+        index = order.gather(1, first[:, None] + places)
         return Sampled(problem, problem.examples_of(index))
 
 
 def _stream(w: Row, seed: int) -> int:
     """A number for a trajectory, from its weights."""
-    return zlib.crc32(w.detach().cpu().contiguous().numpy().tobytes(), seed % 2**32)
+    numbers = w.detach().cpu().contiguous().numpy()
+    return zlib.crc32(numbers.tobytes(), seed % 2**32)

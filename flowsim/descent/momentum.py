@@ -46,20 +46,32 @@ class Frame:
         log_add = torch.minimum(newest, oldest)
         log_unit = scale - log_add
         log_add = torch.where(log_add < torch.inf, log_add, 0.0)  # no gradient so far
-        excess = (log_add - 0.9 * math.log(torch.finfo(state.w.dtype).max)).clamp_min(0.0)
-        logs = torch.stack([(before - scale) + log_add, log_add - excess, excess])
-        keep, add, rest = torch.exp(logs).to(state.w)[..., None]
-        return Frame(log_unit, keep, add, rest if bool((excess > 0).any()) else None)
+        log_keep = (before - scale) + log_add
+        return Frame(log_unit, *_factors(log_keep, log_add, state.w))
 
     def gradient(self, state: State) -> Rows:
         """−g in the frame's units."""
         g = self.add * state.memory["ascent"]
-        return g if self.rest is None else g.mul_(self.rest)
+        if self.rest is not None:
+            g.mul_(self.rest)
+        return g
 
     def inside(self, value: float, power: int) -> PerTrajectory:
         """``value``, which is in units of ‖g‖_* to this power, in those of the frame."""
         log = math.log(value) if value > 0 else -math.inf
         return torch.exp(log - power * self.log_unit)
+
+
+def _factors(
+    log_keep: PerTrajectory, log_add: PerTrajectory, w: Rows
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``keep``, ``add`` and ``rest`` of a `Frame` in the numbers of the weights."""
+    largest = 0.9 * math.log(torch.finfo(w.dtype).max)
+    excess = (log_add - largest).clamp_min(0.0)
+    logs = torch.stack([log_keep, log_add - excess, excess])
+    keep, add, rest = torch.exp(logs).to(w)[..., None]
+    overflows = bool((excess > 0).any())
+    return keep, add, rest if overflows else None
 
 
 def no_frame(state: State) -> PerTrajectory:
@@ -84,19 +96,21 @@ class Momentum(ABC):
         return 1 / (1 - self.beta)
 
     @abstractmethod
-    def update(self, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, kept: Rows, g: Rows) -> tuple[Rows, Rows]:
         """m from ``kept`` = βm and the gradient, and what is followed."""
 
     def blank(self, state: State) -> dict[str, Tensor]:
         """What is remembered before the first step."""
-        return {"momentum": torch.zeros_like(state.w), "frame": no_frame(state)}
+        m = torch.zeros_like(state.w)
+        return {"momentum": m, "frame": no_frame(state)}
 
     def followed(self, objective: Objective, state: State) -> tuple[Tensor, dict[str, Tensor]]:
         """What is followed after the gradient at ``state``, in units of the frame, and what is
         remembered; both of ascent, −g."""
         frame = Frame.follow(objective, state, self.beta)
         kept = self.beta * frame.keep * state.memory["momentum"]
-        m, followed = self.update(kept, frame.gradient(state))
+        g = frame.gradient(state)
+        m, followed = self.update(kept, g)
         return followed, {"momentum": m, "frame": frame.log_unit}
 
 
@@ -104,7 +118,7 @@ class Momentum(ABC):
 class HeavyBall(Momentum):
     """m ← βm + g, and m is followed (Polyak 1964). The gain is 1/(1 − β)."""
 
-    def update(self, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, kept: Rows, g: Rows) -> tuple[Rows, Rows]:
         m = kept + g
         return m, m
 
@@ -114,9 +128,10 @@ class Nesterov(Momentum):
     """m ← βm + g, and g + βm is followed (Nesterov 1983; as in Sutskever et al. 2013). The gain is
     1/(1 − β)."""
 
-    def update(self, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, kept: Rows, g: Rows) -> tuple[Rows, Rows]:
         m = kept + g
-        return m, torch.add(g, m, alpha=self.beta)
+        followed = torch.add(g, m, alpha=self.beta)
+        return m, followed
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,7 @@ class Average(Momentum):
     def gain(self) -> float:
         return 1.0
 
-    def update(self, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        m = torch.add(kept, g, alpha=1 - self.beta)
+    def update(self, kept: Rows, g: Rows) -> tuple[Rows, Rows]:
+        fresh = 1 - self.beta
+        m = torch.add(kept, g, alpha=fresh)
         return m, m

@@ -55,7 +55,7 @@ class NewtonSchulz:
         return x if wide else x.mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Muon(WithLearningRate):
     """W_l ← (1 − ηλ)W_l − η·c_l·O_l, with O_l the polar factor UVᵀ of the block's average of
     gradients, for a vector the unit vector along it (Jordan et al. 2024): normalised steepest

@@ -5,7 +5,6 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html import escape
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from flowsim.checks import require_not_negative
 from flowsim.descent.learning_rates import LearningRate, LearningRateLike, as_learning_rate
 from flowsim.motion.clocks import Target, log_time_rate
-from flowsim.motion.rule import advance_by_steps
+from flowsim.motion.rule import Labelled, advance_by_steps
 from flowsim.motion.state import State, Status, initial_state
 from flowsim.norms.norm import Norm
 from flowsim.numerics.quadrature import log_mean_exp
@@ -41,17 +40,19 @@ def _seen(objective: Objective, norm: Norm, w: Tensor) -> tuple[Tensor, Memory]:
     lam, h = objective.ascent(w)
     dual_norm = norm.dual(h).double()
     size = norm.value(w).double()
-    return lam.double(), {"ascent": h, "dual_norm": dual_norm, "size": size}
+    here = {"ascent": h, "dual_norm": dual_norm, "size": size}
+    return lam.double(), here
 
 
 def begin(objective: Objective, norm: Norm, w_or_state: Tensor | State) -> State:
     """A state with the gradient at hand, as `take` wants it. One gradient evaluation."""
     state = initial_state(objective, w_or_state)
     lam, here = _seen(objective, norm, state.w)
+    gradients = state.tallies["gradients"] + 1
     state = replace(
         state,
         readings=state.readings | {"lam": lam},
-        tallies=state.tallies | {"gradients": state.tallies["gradients"] + 1},
+        tallies=state.tallies | {"gradients": gradients},
         memory=here,
         multipliers=None,
         segment=None,
@@ -70,10 +71,12 @@ def take(
     memory = state.memory | here | (remembered or {})
     if "age" in memory:
         memory["age"] = memory["age"] + 1
+    there = here | {"lam": lam}
+    counted = {name: state.tallies[name] + 1 for name in ("gradients", "accepted")}
     moved = State(
         w=w,
-        readings=_readings(objective, norm, state, step, here | {"lam": lam}),
-        tallies=state.tallies | {k: state.tallies[k] + 1 for k in ("gradients", "accepted")},
+        readings=_readings(objective, norm, state, step, there),
+        tallies=state.tallies | counted,
         status=state.status,
         step_size=state.step_size,
         memory=memory,
@@ -81,7 +84,8 @@ def take(
     finite = torch.isfinite(lam + here["dual_norm"] + here["size"])
     if bool(finite.all()):
         return moved
-    moved = replace(moved, segment=state.segment).where(finite, state)
+    moved = replace(moved, segment=state.segment)
+    moved = moved.where(finite, state)
     return moved.stopped(~finite, Status.NONFINITE)
 
 
@@ -89,22 +93,25 @@ def _readings(
     objective: Objective, norm: Norm, state: State, step: Step, there: Memory
 ) -> dict[str, PerTrajectory]:
     """The readings at the end of a step that has led ``there``, by the trapezoidal rule."""
-    here = state.memory | {"lam": state.readings["lam"]}
-    length = norm.value(step.move).double() if step.length is None else step.length
+    before = state.readings
+    here = state.memory | {"lam": before["lam"]}
+    length = step.length
+    if length is None:
+        length = norm.value(step.move).double()
     log_time = step.log_time
     if log_time is None:
         rates = (log_time_rate(objective, at["lam"], at["dual_norm"]) for at in (here, there))
         log_time = torch.log(length) + log_mean_exp(*rates)
-    dual_norm, size = (0.5 * (here[name] + there[name]) for name in ("dual_norm", "size"))
-    gained = {
-        "steps": 1,
-        "arclength": length,
-        "relative": torch.where(size > 0, length / size, 0.0),
-        "dissipated": length * dual_norm,
+    dual_norm = 0.5 * (here["dual_norm"] + there["dual_norm"])
+    size = 0.5 * (here["size"] + there["size"])
+    return {
+        "steps": before["steps"] + 1,
+        "lam": there["lam"],
+        "log_time": torch.logaddexp(before["log_time"], log_time),
+        "arclength": before["arclength"] + length,
+        "relative": before["relative"] + torch.where(size > 0, length / size, 0.0),
+        "dissipated": before["dissipated"] + length * dual_norm,
     }
-    total = {name: state.readings[name] + gain for name, gain in gained.items()}
-    log_time = torch.logaddexp(state.readings["log_time"], log_time)
-    return total | {"lam": there["lam"], "log_time": log_time}
 
 
 def stop_if_still(moved: State, before: State) -> State:
@@ -114,18 +121,21 @@ def stop_if_still(moved: State, before: State) -> State:
     length = moved.readings["arclength"] - before.readings["arclength"]
     # a step that moves no weight is at most a unit of rounding long, times what the norm makes of
     # single entries
-    short = ~(length > torch.finfo(moved.w.dtype).eps ** 0.5 * moved.memory["size"])
+    unit = torch.finfo(moved.w.dtype).eps
+    short = ~(length > unit**0.5 * moved.memory["size"])
     flat = moved.memory["dual_norm"] == 0
     if not bool((short | flat).any()):
         return moved
-    still = short & (moved.w == before.w).all(-1) & moved.running
+    same = (moved.w == before.w).all(-1)
+    still = short & same & moved.running
     if bool(still.any()):
-        moved = moved.where(~still, replace(before, segment=moved.segment))
+        stays = replace(before, segment=moved.segment)
+        moved = moved.where(~still, stays)
         moved = moved.stopped(still, Status.PRECISION_FLOOR)
     return moved.stopped(flat, Status.STATIONARY)
 
 
-class Discrete(ABC):
+class Discrete(Labelled, ABC):
     """A rule that takes one step of every trajectory from one gradient. A new one defines the
     abstract members, and where it remembers more than the gradient `blank`.
 
@@ -162,9 +172,12 @@ class Discrete(ABC):
         return {}
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        state = begin(problem, self.bound(problem), w_or_state)
-        kind = torch.full_like(state.status, zlib.crc32(self.kind.encode()))
-        own = {"age": torch.zeros_like(state.step_size), "kind": kind} | self.blank(problem, state)
+        norm = self.bound(problem)
+        state = begin(problem, norm, w_or_state)
+        number = zlib.crc32(self.kind.encode())
+        age = torch.zeros_like(state.step_size)
+        kind = torch.full_like(state.status, number)
+        own = {"age": age, "kind": kind, **self.blank(problem, state)}
         old = w_or_state.memory if isinstance(w_or_state, State) else {}
         same = all(name in old and old[name].shape == own[name].shape for name in own)
         if same and torch.equal(own["kind"], old["kind"]):
@@ -179,9 +192,6 @@ class Discrete(ABC):
             return stop_if_still(moved, local) if self.memoryless else moved
 
         return advance_by_steps(step, problem, state, until, budget)
-
-    def _repr_html_(self) -> str:
-        return f"<b>{escape(self.label)}</b><br><code>{escape(repr(self))}</code>"
 
 
 class WithLearningRate(Discrete):
@@ -207,8 +217,10 @@ class WithLearningRate(Discrete):
 
     @property
     def label(self) -> str:
-        decay = [f"λ = {self.decay:g}"] if self.decay else []
-        return ", ".join([self.title, self.schedule.label, *self.details, *decay])
+        words = [self.title, self.schedule.label, *self.details]
+        if self.decay:
+            words.append(f"λ = {self.decay:g}")
+        return ", ".join(words)
 
     @cached_property
     def schedule(self) -> LearningRate:
@@ -226,9 +238,12 @@ class WithLearningRate(Discrete):
         return super().start(problem, w_or_state)
 
     def step(self, problem: Objective, norm: Norm, state: State) -> State:
-        log_lr = self.schedule.log(state.memory["age"], state.readings["lam"])
+        age = state.memory["age"]
+        lam = state.readings["lam"]
+        log_lr = self.schedule.log(age, lam)
         step, remembered = self.plan(problem, norm, state, log_lr)
         if self.decay:
-            lost = (self.decay * torch.exp(log_lr)).to(state.w)[:, None] * state.w
+            fraction = (self.decay * torch.exp(log_lr)).to(state.w)
+            lost = fraction[:, None] * state.w
             step = Step(step.move - lost, log_time=step.log_time)
         return take(problem, norm, state, step, remembered)

@@ -12,16 +12,16 @@ from flowsim.checks import is_finite, require_not_negative, require_share
 from flowsim.descent.learning_rates import LearningRateLike
 from flowsim.descent.momentum import Frame, no_frame
 from flowsim.descent.rule import Memory, Step, WithLearningRate
-from flowsim.layout import Block
+from flowsim.layout import Block, Layout
 from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
 from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import svd
-from flowsim.numerics.shapes import PerTrajectory
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shampoo(WithLearningRate):
     """For each matrix W with gradient G (Gupta, Koren & Singer 2018):
 
@@ -47,9 +47,11 @@ class Shampoo(WithLearningRate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("Shampoo", beta=0.0 if self.beta is None else self.beta)
+        if self.beta is not None:
+            require_share("Shampoo", beta=self.beta)
         require_not_negative("Shampoo", eps=self.eps)
-        if not (is_finite(self.exponent) and 0 < self.exponent < 0.5):
+        inside = is_finite(self.exponent) and 0 < self.exponent < 0.5
+        if not inside:
             raise ValueError(
                 f"Shampoo: got exponent={self.exponent!r}, expected a number between 0 and ½, "
                 "try 0.25"
@@ -69,53 +71,72 @@ class Shampoo(WithLearningRate):
 
     def blank(self, problem: Objective, state: State) -> Memory:
         own = {"frame": no_frame(state)}
-        for i, block in enumerate(problem.layout if self.beta != 0 else ()):
-            m, n = _matrix(block, state.w).shape[1:]
-            sides = {"left": m, "right": n} if len(block.shape) > 1 else {"left": m}
-            for side, size in sides.items():
-                own[f"{side}{i}"] = state.w.new_zeros(len(state.w), size, size)
+        if self.beta == 0:
+            return own
+        for i, block in enumerate(problem.layout):
+            B, m, n = _matrix(block, state.w).shape
+            own[f"left{i}"] = state.w.new_zeros(B, m, m)
+            if len(block.shape) > 1:
+                own[f"right{i}"] = state.w.new_zeros(B, n, n)
         return own
 
     def plan(
         self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
-        frame = Frame.follow(problem, state, 1.0 if self.beta is None else math.sqrt(self.beta))
-        own = {"frame": frame.log_unit}
-        parts = []
+        forget = 1.0 if self.beta is None else math.sqrt(self.beta)
+        frame = Frame.follow(problem, state, forget)
+        direction, moments = self._preconditioned(problem.layout, state, frame)
+        # of each side e^{−2pS}, and e^{S} of the gradient
+        log_scale = log_lr + (1 - 4 * self.exponent) * frame.log_unit
+        scale = torch.exp(log_scale).to(state.w)
+        log_time = log_lr
+        if self.beta is None:
+            log_time = log_lr / (1 - 2 * self.exponent)
+        step = Step(scale[:, None] * direction, log_time=log_time)
+        return step, {"frame": frame.log_unit, **moments}
+
+    def _preconditioned(self, layout: Layout, state: State, frame: Frame) -> tuple[Rows, Memory]:
+        """The gradient between its two powers, and the moments of all blocks; in the frame's
+        units."""
         ascent = frame.gradient(state)
         eps = frame.inside(self.eps, 2).to(state.w)
-        for i, block in enumerate(problem.layout):
+        parts = []
+        remembered: Memory = {}
+        for i, block in enumerate(layout):
             G = _matrix(block, ascent)
             moments = self._moments(i, G, state, frame)
-            own |= moments
-            parts.append(self._direction(G, list(moments.values()), eps).flatten(1))
-        # of each side e^{−2pS}, and e^{S} of the gradient
-        scale = torch.exp(log_lr + (1 - 4 * self.exponent) * frame.log_unit).to(state.w)
-        log_time = log_lr / (1 - 2 * self.exponent) if self.beta is None else log_lr
-        return Step(scale[:, None] * torch.cat(parts, 1), log_time=log_time), own
+            direction = self._direction(G, list(moments.values()), eps)
+            parts.append(direction.flatten(1))
+            remembered |= moments
+        return torch.cat(parts, 1), remembered
 
-    def _moments(self, i: int, G: Tensor, state: State, frame: Frame) -> dict[str, Tensor]:
+    def _moments(self, i: int, G: Tensor, state: State, frame: Frame) -> Memory:
         """What is remembered of block i, in the frame's units; nothing without accumulation."""
-        kept, weight = (1.0, 1.0) if self.beta is None else (self.beta, 1 - self.beta)
+        kept = 1.0 if self.beta is None else self.beta
+        added = 1.0 if self.beta is None else 1 - self.beta
         factor = kept * (frame.keep**2)[..., None]
+        squares = {f"left{i}": G @ G.mT, f"right{i}": G.mT @ G}
         moments = {}
-        for side, new in ((f"left{i}", G @ G.mT), (f"right{i}", G.mT @ G)):
+        for side, square in squares.items():
             if side in state.memory:
-                moments[side] = factor * state.memory[side] + weight * new
+                moments[side] = factor * state.memory[side] + added * square
         return moments
 
     def _direction(self, G: Tensor, moments: list[Tensor], eps: PerTrajectory) -> Tensor:
         """(L + ε)^{−p} G (R + ε)^{−p}; with one moment (L + ε)^{−2p} G; with none those of G
         alone."""
         if len(moments) == 2:
-            left, right = (_power(moment, eps, -self.exponent) for moment in moments)
+            left = _power(moments[0], eps, -self.exponent)
+            right = _power(moments[1], eps, -self.exponent)
             return left @ G @ right
         if len(moments) == 1:
             return _power(moments[0], eps, -2 * self.exponent) @ G
         u, s, v = svd(G)
-        rounding = max(G.shape[1:]) * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
+        unit = max(G.shape[1:]) * torch.finfo(s.dtype).eps
+        rounding = unit * s.amax(-1, keepdim=True)
         s = torch.where(s <= rounding, 0.0, s)
-        scaled = s * _power_or_zero(s**2 + eps[:, None], -2 * self.exponent)
+        powers = _power_or_zero(s**2 + eps[:, None], -2 * self.exponent)
+        scaled = s * powers
         return (u * scaled[:, None, :]) @ v.mT
 
 
@@ -130,11 +151,14 @@ def _power(
 ) -> Float[Tensor, "B m m"]:
     """(M + ε)^power, zero on eigenvectors where M + ε is zero."""
     values, basis = torch.linalg.eigh(moment)
-    rounding = moment.shape[-1] * torch.finfo(moment.dtype).eps * values[..., -1:]
-    values = torch.where(values <= rounding, 0.0, values) + eps[:, None]
-    return (basis * _power_or_zero(values, power)[:, None, :]) @ basis.mT
+    unit = moment.shape[-1] * torch.finfo(moment.dtype).eps
+    rounding = unit * values[..., -1:]
+    values = torch.where(values <= rounding, 0.0, values)
+    powers = _power_or_zero(values + eps[:, None], power)
+    return (basis * powers[:, None, :]) @ basis.mT
 
 
 def _power_or_zero(values: Tensor, power: float) -> Tensor:
     positive = values > 0
-    return torch.where(positive, torch.where(positive, values, 1.0) ** power, 0.0)
+    inner = torch.where(positive, values, 1.0)
+    return torch.where(positive, inner**power, 0.0)

@@ -8,15 +8,16 @@ from torch import Tensor
 from flowsim.checks import require_positive
 from flowsim.descent.rule import Step, begin, stop_if_still, take
 from flowsim.motion.clocks import Target, log_time_rate
-from flowsim.motion.rule import advance_by_steps
+from flowsim.motion.rule import Labelled, advance_by_steps
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm, require_norm
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
-class SmallStep:
+@dataclass(frozen=True, repr=False)
+class SmallStep(Labelled):
     """Small explicit steps along the steepest direction, each of predicted gain ``dlam`` in Λ.
 
         w ← w + (ΔΛ/‖∇Λ‖_*)·u,   u the unit steepest direction of ∇Λ.
@@ -41,36 +42,38 @@ class SmallStep:
         return f"{self.norm.title} small steps, ΔΛ = {self.dlam:g}"
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        state = begin(problem, self.norm.bind(problem.layout), w_or_state)
-        none = torch.zeros_like(state.w)
-        nowhere = torch.zeros_like(state.readings["lam"])
-        return replace(state, segment=_segment(problem, state, state, none, nowhere))
+        norm = self.norm.bind(problem.layout)
+        state = begin(problem, norm, w_or_state)
+        move = torch.zeros_like(state.w)
+        length = torch.zeros_like(state.readings["lam"])
+        return replace(state, segment=_segment(problem, state, state, move, length))
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         norm = self.norm.bind(problem.layout)
-        return advance_by_steps(
-            lambda part, local: self._step(part, norm, local), problem, state, until, budget
-        )
+
+        def step(part: Objective, local: State) -> State:
+            return self._step(part, norm, local)
+
+        return advance_by_steps(step, problem, state, until, budget)
 
     def _step(self, problem: Objective, norm: Norm, state: State) -> State:
         u = norm.steepest(state.memory["ascent"])
         length = self.dlam / state.memory["dual_norm"]
         if problem.degree > 1:
             share = self.relative / (problem.degree - 1)
-            reach = share * state.w.abs().amax(-1) / u.abs().amax(-1)
+            largest = state.w.abs().amax(-1)
+            reach = share * largest / u.abs().amax(-1)
             length = torch.minimum(length, reach.double())
         move = length.to(u)[:, None] * u
-        moved = stop_if_still(take(problem, norm, state, Step(move, length)), state)
+        moved = take(problem, norm, state, Step(move, length))
+        moved = stop_if_still(moved, state)
         return replace(moved, segment=_segment(problem, state, moved, move, length))
 
 
 def _segment(objective: Objective, a: State, b: State, move: Tensor, length: Tensor) -> Segment:
     """The straight step of this length from a to b."""
-    log_length = torch.log(length)
-    time_rates = [
-        log_length + log_time_rate(objective, at.readings["lam"], at.memory["dual_norm"])
-        for at in (a, b)
-    ]
+    lam_slope0, time_rate0 = _rates(objective, a, move, length)
+    lam_slope1, time_rate1 = _rates(objective, b, move, length)
     return Segment(
         w0=a.w,
         w1=b.w,
@@ -78,8 +81,17 @@ def _segment(objective: Objective, a: State, b: State, move: Tensor, length: Ten
         slope1=move,
         readings0=a.readings,
         readings1=b.readings,
-        lam_slope0=(a.memory["ascent"] * move).sum(-1).double(),
-        lam_slope1=(b.memory["ascent"] * move).sum(-1).double(),
-        time_rate0=time_rates[0],
-        time_rate1=time_rates[1],
+        lam_slope0=lam_slope0,
+        lam_slope1=lam_slope1,
+        time_rate0=time_rate0,
+        time_rate1=time_rate1,
     )
+
+
+def _rates(
+    objective: Objective, at: State, move: Tensor, length: Tensor
+) -> tuple[PerTrajectory, PerTrajectory]:
+    """dΛ/du and log dt/du at an end of the step."""
+    lam_slope = (at.memory["ascent"] * move).sum(-1).double()
+    rate = log_time_rate(objective, at.readings["lam"], at.memory["dual_norm"])
+    return lam_slope, torch.log(length) + rate

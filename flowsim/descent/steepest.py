@@ -18,7 +18,7 @@ from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteepestDescent(WithLearningRate):
     """Steepest descent in any norm with a learning rate η_k, g = ∇𝓛(w):
 
@@ -49,8 +49,9 @@ class SteepestDescent(WithLearningRate):
     @property
     def label(self) -> str:
         name = self.name or f"{self.norm.title} descent"
-        said = super().label.removeprefix(self.title)
-        return f"{'normalised ' if self.normalized else ''}{name}{said}"
+        if self.normalized:
+            name = f"normalised {name}"
+        return name + super().label.removeprefix(self.title)
 
     @property
     def details(self) -> list[str]:
@@ -71,13 +72,15 @@ class SteepestDescent(WithLearningRate):
         self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
         # log ‖g‖_*: one over the rate dt/ds
-        log_force = -log_time_rate(problem, state.readings["lam"], state.memory["dual_norm"])
+        lam = state.readings["lam"]
+        log_force = -log_time_rate(problem, lam, state.memory["dual_norm"])
         own: Memory = {}
         followed = state.memory["ascent"]
         log_strength = log_force
         if self.momentum is not None:
             followed, own = self.momentum.followed(problem, state)
-            log_strength = own["frame"] + torch.log(norm.dual(followed).double())
+            strength = norm.dual(followed).double()
+            log_strength = own["frame"] + torch.log(strength)
         length = torch.exp(log_lr if self.normalized else log_lr + log_strength)
         move = length.to(followed)[:, None] * norm.steepest(followed)
         return Step(move, length, self._log_time(log_lr, log_force)), own
@@ -109,8 +112,5 @@ def Signum(lr: LearningRateLike, beta: float = 0.9, *, decay: float = 0.0) -> St
 
 def CoordinateDescent(lr: LearningRateLike, *, normalized: bool = False) -> SteepestDescent:
     """Greedy coordinate descent: only the largest entry of ∇𝓛 moves, by lr·|∂𝓛|, or ``normalized``
-    by lr.
-
-    Ties go to the first of the largest entries.
-    """
+    by lr. Ties go to the first of the largest entries."""
     return SteepestDescent(L1(), lr, normalized, "coordinate descent")

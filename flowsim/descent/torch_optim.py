@@ -16,7 +16,7 @@ from flowsim.norms.vector import L2
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TorchOptimiser(Discrete):
     """``make(parameters)`` returns a ``torch.optim.Optimizer`` of this list of parameters. It is
     given the gradient of 𝓛, the **sum** loss, itself: where that underflows it sees zeros, as it
@@ -46,7 +46,9 @@ class TorchOptimiser(Discrete):
         require_norm("TorchOptimiser", self.norm)
         if self.lr is not None:
             require_positive("TorchOptimiser", lr=self.lr)
-        made = self.make([nn.Parameter(torch.zeros(1, 1))]) if callable(self.make) else None
+        made = None
+        if callable(self.make):
+            made = self.make([nn.Parameter(torch.zeros(1, 1))])
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(
                 f"TorchOptimiser: got {self.make!r}, expected a function from a list of parameters "
@@ -63,24 +65,30 @@ class TorchOptimiser(Discrete):
         return f"TorchOptimiser {self.name}"
 
     def step(self, problem: Objective, norm: Norm, state: State) -> State:
-        rows = torch.arange(len(state.w), device=state.w.device)[:, None]
-        ends = [self._stepped(problem, state.select(row)) for row in rows]
-        move = torch.cat([w for w, _ in ends]) - state.w
-        own = {name: torch.stack([kept[name] for _, kept in ends]) for name in ends[0][1]}
+        ends: list[Tensor] = []
+        kept: list[Memory] = []
+        for row in torch.arange(len(state.w), device=state.w.device).split(1):
+            w, remembered = self._stepped(problem, state.select(row))
+            ends.append(w)
+            kept.append(remembered)
+        move = torch.cat(ends) - state.w
+        own = {name: torch.stack([one[name] for one in kept]) for name in kept[0]}
         log_time = None
         if self.lr is not None:
             log_time = torch.full_like(state.step_size, self.lr).log()
-        return take(problem, norm, state, Step(move, log_time=log_time), own)
+        step = Step(move, log_time=log_time)
+        return take(problem, norm, state, step, own)
 
     def _stepped(self, problem: Objective, state: State) -> tuple[Tensor, Memory]:
         """The weights after a step of the optimiser of one trajectory, and what it remembers."""
         lam = state.readings["lam"]
         ascent = state.memory["ascent"]
         scale = torch.exp(-lam) if problem.logarithmic else torch.ones_like(lam)
-        slopes = self._parts(problem.layout, -scale.to(ascent)[:, None] * ascent)
+        gradient = -scale.to(ascent)[:, None] * ascent
         parameters = self._parameters(problem.layout, state.w)
-        for parameter, slope in zip(parameters, slopes, strict=True):
-            parameter.grad = slope[0].clone()
+        parts = self._parts(problem.layout, gradient)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part[0].clone()
         optimiser = self.make(parameters)
         if float(state.memory["age"]) > 0:
             _recall(optimiser, parameters, state.memory)
@@ -89,10 +97,13 @@ class TorchOptimiser(Discrete):
         return w[None], _remembered(optimiser, parameters)
 
     def _parts(self, layout: Layout, w: Tensor) -> list[Tensor]:
-        return [block.of(w) for block in layout] if self.blocks else [w]
+        if not self.blocks:
+            return [w]
+        return [block.of(w) for block in layout]
 
     def _parameters(self, layout: Layout, w: Tensor) -> list[nn.Parameter]:
-        return [nn.Parameter(part[0].clone()) for part in self._parts(layout, w)]
+        parts = self._parts(layout, w)
+        return [nn.Parameter(part[0].clone()) for part in parts]
 
     def blank(self, problem: Objective, state: State) -> Memory:
         """Room for what the optimiser remembers, which a step of the first trajectory tells."""
@@ -121,7 +132,8 @@ def _recall(
     for name, value in memory.items():
         if name.startswith(_PREFIX):
             place, _, key = name.removeprefix(_PREFIX).partition(" ")
-            optimiser.state[parameters[int(place)]][key] = value[0].clone()
+            parameter = parameters[int(place)]
+            optimiser.state[parameter][key] = value[0].clone()
 
 
 def _remembered(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Memory:

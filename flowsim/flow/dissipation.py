@@ -17,6 +17,7 @@ from flowsim.flow.explicit import DOPRI5
 from flowsim.flow.field import Field, Sample, per_length
 from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Target
+from flowsim.motion.rule import Labelled
 from flowsim.motion.state import State, initial_state
 from flowsim.norms.vector import L2
 from flowsim.numerics.batched import dot
@@ -133,8 +134,8 @@ class _PotentialField(Field):
         return Sample(u, lam, h, dual_norm, rates, -log_speed)
 
 
-@dataclass(frozen=True)
-class DissipationFlow:
+@dataclass(frozen=True, repr=False)
+class DissipationFlow(Labelled):
     """w' = −∇ψ*(g), g = ∇𝓛(w), for a potential `SmoothSign`, `Huber` or `Clipping`.
 
     t is its own time, lengths are in ℓ2, and the dissipated level is ∫⟨∇Λ, dw⟩. Smooth objectives

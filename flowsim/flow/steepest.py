@@ -14,13 +14,14 @@ from flowsim.flow.rosenbrock import ROS34PW2
 from flowsim.flow.sliding.step import KinkImplicit
 from flowsim.flow.steps import Method
 from flowsim.motion.clocks import ARCLENGTH, Clock, Target
+from flowsim.motion.rule import Labelled
 from flowsim.motion.state import State, initial_state
 from flowsim.norms.norm import Norm
 from flowsim.problems.objective import Objective
 
 
-@dataclass(frozen=True)
-class SteepestFlow:
+@dataclass(frozen=True, repr=False)
+class SteepestFlow(Labelled):
     """Steepest flow dw/dt ∈ argmin_{‖u‖ ≤ ‖g‖_*} ⟨u, g⟩ with g = ∇𝓛(w) (Tsilivis et al. 2026,
     Eq. 3).
 

@@ -2,6 +2,9 @@
 are taken to a target."""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from html import escape
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +38,40 @@ class Refining(Protocol):
     def refined(self, problem: Any, state: State, u: PerTrajectory, point: State) -> State:
         """``point``, read at u of the last step of ``state``, as near to the path as the rule can
         bring it."""
+
+
+class Labelled:
+    """How rules are shown: by their settings, in a notebook below their label."""
+
+    @property
+    def label(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return in_words(self)
+
+    def _repr_html_(self) -> str:
+        return f"<b>{escape(self.label)}</b><br><code>{escape(repr(self))}</code>"
+
+
+def in_words(setting: Any) -> str:
+    """A setting as code would make it, with arrays by their shape and functions by their name.
+
+    >>> in_words(torch.eye(3))
+    'Tensor(3, 3)'
+    """
+    kind = type(setting).__name__
+    if isinstance(setting, Tensor):
+        return f"{kind}{tuple(setting.shape)}"
+    if isinstance(setting, FunctionType):
+        return setting.__qualname__
+    if not is_dataclass(setting):
+        return repr(setting)
+    shown = []
+    for field in fields(setting):
+        if field.repr:
+            shown.append(f"{field.name}={in_words(getattr(setting, field.name))}")
+    return f"{kind}({', '.join(shown)})"
 
 
 def pending(state: State, until: Target) -> Bool[Tensor, " B"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowsim.checks import require_instance
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import Rule, pending
+from flowsim.motion.rule import Labelled, Rule, pending
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
 from flowsim.problems.objective import Objective
@@ -18,8 +18,8 @@ from flowsim.run.events import Event
 _BEFORE, _AFTER = "first", "then"
 
 
-@dataclass(frozen=True)
-class Switch:
+@dataclass(frozen=True, repr=False)
+class Switch(Labelled):
     """``first`` until the event, ``then`` from there on; each trajectory changes at its own time.
 
     Flows and discrete rules go together in any order, and either may be a `Switch` itself. Steps

@@ -1,13 +1,14 @@
 """The seam: which trajectories go on, together or one by one, and when each leaves the batch."""
 
 from dataclasses import dataclass, field, replace
+from html import escape
 
 import pytest
 import torch
 
 import flowsim as fs
 from flowsim.motion.clocks import LAM, Target
-from flowsim.motion.rule import advance_by_steps, one_by_one, pending
+from flowsim.motion.rule import advance_by_steps, in_words, one_by_one, pending
 from flowsim.motion.state import Status, initial_state
 
 OBJECTIVE = fs.Quadratic(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
@@ -117,3 +118,35 @@ def test_one_by_one_of_separate_trajectories_is_the_batch(B):
     found = each.tensors()
     for name, expected in batch.tensors().items():
         assert torch.allclose(found[name], expected, rtol=0, atol=0, equal_nan=True), name
+
+
+EVENT = fs.Event(fs.diagnostics.accuracy, 1.0)
+METRIC = fs.Mahalanobis(torch.eye(20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        fs.SmallStep(METRIC),
+        fs.MiniBatches(fs.GradientDescent(0.1), size=3),
+        fs.Switch(fs.GradientDescent(0.1), fs.SteepestFlow(METRIC), EVENT),
+        fs.SteepestFlow(METRIC),
+        fs.DissipationFlow(fs.SmoothSign(1e-2)),
+        fs.SteepestDescent(METRIC, 0.1),
+    ],
+)
+def test_rules_show_their_label_and_their_settings(rule):
+    assert repr(rule).startswith(f"{type(rule).__name__}(")
+    assert "tensor" not in repr(rule)
+    assert " at 0x" not in repr(rule)
+    title, settings = rule._repr_html_().split("<br>")
+    assert title == f"<b>{escape(rule.label)}</b>"
+    assert settings == f"<code>{escape(repr(rule))}</code>"
+
+
+def test_settings_in_words_are_those_that_code_would_give():
+    assert in_words(fs.SmallStep(fs.L1(), dlam=0.5)) == (
+        "SmallStep(norm=L1(), dlam=0.5, relative=0.05)"
+    )
+    assert in_words(METRIC) == "Mahalanobis(matrix=Tensor(20, 20))"
+    assert in_words(EVENT).startswith("Event(measure=accuracy, level=1.0,")
