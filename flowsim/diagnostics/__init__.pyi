@@ -15,10 +15,10 @@ from flowsim.diagnostics.margins import soft_margin as soft_margin
 from flowsim.diagnostics.margins import support_count as support_count
 from flowsim.diagnostics.margins import support_vectors as support_vectors
 from flowsim.diagnostics.margins import test_accuracy as test_accuracy
+from flowsim.diagnostics.near_kkt import Nearby as Nearby
 from flowsim.diagnostics.observers import kkt as kkt
 from flowsim.diagnostics.observers import standard as standard
 from flowsim.diagnostics.selected import ascent as ascent
-from flowsim.diagnostics.stationarity import Nearby as Nearby
 from flowsim.diagnostics.stationarity import Stationarity as Stationarity
 from flowsim.diagnostics.stationarity import alignment as alignment
 from flowsim.diagnostics.stationarity import divergence as divergence

@@ -12,20 +12,22 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy import ndarray as Array
-from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, classifies, soft_margin
-from flowsim.diagnostics.series import falls, last, peak, positive, risen
+from flowsim.diagnostics.series import Column, Series, as_array, falls, last, peak, positive, risen
 from flowsim.diagnostics.stationarity import alignment
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 
-Explained: TypeAlias = tuple[Array, str]
+Explained: TypeAlias = tuple[Column, str]
 """A number of each trajectory, and why it is NaN where it is."""
+
+Values: TypeAlias = Mapping[str, Array]
+"""Numbers of a run by name, ``(K, B, …)``."""
 
 MONOTONE = 1e-12  # relative falls of the soft margin that are rounding
 
@@ -56,26 +58,27 @@ class Certificate:
     "TGKV" is Tsilivis et al. 2026. ``reasons[b]`` says by the name of the number why it is NaN.
     """
 
-    energy: Float[Array, " B"]
-    fall: Float[Array, " B"]
-    falls: Float[Array, " B"]
-    aligning: Float[Array, " B"]
-    alignment: Float[Array, " B"]
-    sliding: Float[Array, " B"]
-    kinks: Float[Array, " B"]
-    releases: Float[Array, " B"]
-    rejected: Float[Array, " B"]
-    digits: Float[Array, " B"]
-    margin: Float[Array, " B"]
+    energy: Column
+    fall: Column
+    falls: Column
+    aligning: Column
+    alignment: Column
+    sliding: Column
+    kinks: Column
+    releases: Column
+    rejected: Column
+    digits: Column
+    margin: Column
     reasons: tuple[Mapping[str, str], ...]
 
     @staticmethod
     def names() -> list[str]:
         """The numbers."""
-        return [field.name for field in fields(Certificate) if field.name != "reasons"]
+        names = [field.name for field in fields(Certificate)]
+        return names[:-1]  # all but the reasons
 
     @property
-    def numbers(self) -> dict[str, Float[Array, " B"]]:
+    def numbers(self) -> dict[str, Column]:
         """The numbers by name."""
         return {name: getattr(self, name) for name in self.names()}
 
@@ -85,37 +88,39 @@ class Certificate:
     def select(self, rows: list[int]) -> "Certificate":
         """The certificate of some of the trajectories."""
         kept = {name: values[rows] for name, values in self.numbers.items()}
-        return Certificate(**kept, reasons=tuple(self.reasons[row] for row in rows))
+        reasons = tuple(self.reasons[row] for row in rows)
+        return Certificate(**kept, reasons=reasons)
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it; numbers that are not finite are None."""
-        numbers = {
-            name: [float(value) if math.isfinite(value) else None for value in values]
-            for name, values in self.numbers.items()
-        }
-        reasons = [dict(reason) for reason in self.reasons]
-        return numbers | {"reasons": reasons, "verdict": self.verdict}
+        found: dict[str, Any] = {}
+        for name, values in self.numbers.items():
+            numbers = values.tolist()
+            found[name] = [x if math.isfinite(x) else None for x in numbers]
+        found["reasons"] = [dict(reason) for reason in self.reasons]
+        found["verdict"] = self.verdict
+        return found
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> "Certificate":
         """The inverse of `record`."""
-        numbers = {name: np.array(record[name], dtype=float) for name in Certificate.names()}
+        names = Certificate.names()
+        numbers = {name: np.array(record[name], dtype=float) for name in names}
         return Certificate(**numbers, reasons=tuple(record["reasons"]))
 
     @staticmethod
     def unknown(trajectories: int, why: str) -> "Certificate":
         """No number at all, for one reason."""
         nothing = np.full(trajectories, np.nan)
-        return Certificate.explained(dict.fromkeys(Certificate.names(), (nothing, why)))
+        numbers = dict.fromkeys(Certificate.names(), (nothing, why))
+        return Certificate.explained(numbers)
 
     @staticmethod
     def explained(numbers: Mapping[str, Explained]) -> "Certificate":
         """From numbers with their reasons; an empty reason says nothing."""
         values = {name: value for name, (value, _) in numbers.items()}
-        reasons = tuple(
-            {name: why for name, (value, why) in numbers.items() if why and np.isnan(value[b])}
-            for b in range(len(values["energy"]))
-        )
+        trajectories = range(len(values["energy"]))
+        reasons = tuple(_missing(numbers, b) for b in trajectories)
         return Certificate(**values, reasons=reasons)
 
     @property
@@ -146,18 +151,17 @@ class Certificate:
         return [finding for finding in found if finding]
 
     def _separated(self) -> str:
-        known = self.margin[np.isfinite(self.margin)]
-        if not known.size:
+        wrong = (self.margin <= 0).sum()
+        least = _least(self.margin)
+        if math.isnan(least):
             return self._why("margin")
-        wrong = (known <= 0).sum()
         if wrong == 0:
             return "separated"
-        return (
-            f"NOT separated in {wrong} of {len(self)} trajectories, least margin {known.min():.2g}"
-        )
+        return f"NOT separated in {wrong} of {len(self)} trajectories, least margin {least:.2g}"
 
     def _monotone(self) -> str:
-        fall, times = _most(self.fall), _most(self.falls)
+        fall = _most(self.fall)
+        times = _most(self.falls)
         if np.isnan(self.margin).all():
             return ""
         if math.isnan(fall):
@@ -177,14 +181,17 @@ class Certificate:
         return f"energy balance {balance} {error:.0e}"
 
     def _aligned(self) -> str:
-        missing, slack = _most(1 - self.alignment), _least(self.aligning)
+        missing = _most(1 - self.alignment)
+        slack = _least(self.aligning)
         if math.isnan(missing):
             return ""
         beyond = f", its integral beyond the bound by {-slack:.0e}" if slack < -1e-6 else ""
         return f"1 − α = {missing:.1e}{beyond}"
 
     def _kinks(self) -> str:
-        kinks, sliding, releases = (_most(x) for x in (self.kinks, self.sliding, self.releases))
+        kinks = _most(self.kinks)
+        sliding = _most(self.sliding)
+        releases = _most(self.releases)
         if not kinks > 0:
             return ""
         released = f", {releases:.0f} released" if releases > 0 else ""
@@ -192,15 +199,29 @@ class Certificate:
 
     def _steps(self) -> str:
         rejected = _most(self.rejected)
-        return f"{rejected:.0%} of attempts rejected" if rejected > 0 else ""
+        if not rejected > 0:
+            return ""
+        return f"{rejected:.0%} of attempts rejected"
 
     def _digits(self) -> str:
         digits = _least(self.digits)
-        return "" if math.isnan(digits) else f"{digits:.0f} digits of the softmax weights left"
+        if math.isnan(digits):
+            return ""
+        return f"{digits:.0f} digits of the softmax weights left"
 
     def _why(self, name: str) -> str:
         """Why a number is missing, in the words of the first trajectory that says so."""
-        return next((reason[name] for reason in self.reasons if name in reason), "not known")
+        said = [reason[name] for reason in self.reasons if name in reason]
+        return said[0] if said else "not known"
+
+
+def _missing(numbers: Mapping[str, Explained], b: int) -> dict[str, str]:
+    """Why numbers of a trajectory are NaN, by their names."""
+    found = {}
+    for name, (value, why) in numbers.items():
+        if why and np.isnan(value[b]):
+            found[name] = why
+    return found
 
 
 def _most(values: Array) -> float:
@@ -229,22 +250,23 @@ def witness(problem: Objective, rule: object) -> dict[str, Observer]:
     return observers
 
 
-def certify(
-    problem: Objective, values: Mapping[str, Array], witnessed: Mapping[str, Array], final: State
-) -> Certificate:
+def certify(problem: Objective, values: Values, witnessed: Values, final: State) -> Certificate:
     """The certificate of a run from its saved ``values (K, B)``, what its `witness` saw, and its
     final state."""
-    gained, spent = risen(values["lam"]), risen(values["dissipated"])
+    gained = risen(values["lam"])
+    spent = risen(values["dissipated"])
     numbers = {"energy": (spent / positive(gained) - 1, "the level did not rise")}
     numbers |= _classified(problem, values, witnessed, final)
     numbers |= _on_kinks(problem, values, final)
-    rejected, accepted = (risen(values[f"tally_{name}"]) for name in ("rejected", "accepted"))
-    numbers["rejected"] = rejected / positive(accepted + rejected), "no step was tried"
+    rejected = risen(values["tally_rejected"])
+    accepted = risen(values["tally_accepted"])
+    share = rejected / positive(accepted + rejected)
+    numbers["rejected"] = (share, "no step was tried")
     return Certificate.explained(numbers)
 
 
 def _classified(
-    problem: Objective, values: Mapping[str, Array], witnessed: Mapping[str, Array], final: State
+    problem: Objective, values: Values, witnessed: Values, final: State
 ) -> dict[str, Explained]:
     """Margins and alignment, of classification only."""
     unknown = np.full_like(values["lam"], np.nan)
@@ -252,25 +274,26 @@ def _classified(
         names = ("margin", "digits", "fall", "falls", "aligning", "alignment")
         return dict.fromkeys(names, (unknown[0], "not a classification problem"))
     with torch.no_grad():
-        margin = _array(problem.margins(final.w).amin(-1))
-        digits = _array(_digits_left(problem, final.w))
-    soft, alpha = (witnessed.get(name, unknown) for name in ("soft", "alignment"))
-    fall = falls(positive(soft))
+        margins = problem.margins(final.w)
+        digits = _digits_left(problem, final.w)
+    margin = as_array(margins.amin(-1))
+    soft = positive(witnessed.get("soft", unknown))
+    alpha = witnessed.get("alignment", unknown)
+    fall = falls(soft)
     largest = peak(fall)
-    beyond = np.where(np.isnan(largest), np.nan, (fall > MONOTONE).sum(0))
-    slack = _slack(positive(soft), alpha, values["relative"], problem.degree)
+    times = (fall > MONOTONE).sum(0)
     why, why_alignment = _reasons(witnessed)
     return {
         "margin": (margin, ""),
-        "digits": (digits, ""),
+        "digits": (as_array(digits), ""),
         "fall": (largest, why),
-        "falls": (beyond, why),
-        "aligning": (slack, why),
+        "falls": (np.where(np.isnan(largest), np.nan, times), why),
+        "aligning": (_slack(soft, alpha, values["relative"], problem.degree), why),
         "alignment": (np.where(margin > 0, last(alpha), np.nan), why_alignment),
     }
 
 
-def _reasons(witnessed: Mapping[str, Array]) -> tuple[str, str]:
+def _reasons(witnessed: Values) -> tuple[str, str]:
     """Why the soft margin, and why the alignment is not known."""
     if not witnessed:
         return "the rule has no norm", "the rule has no norm"
@@ -279,27 +302,30 @@ def _reasons(witnessed: Mapping[str, Array]) -> tuple[str, str]:
     return "the loss never came below ℓ(0) at two saves", "not separated"
 
 
-def _digits_left(problem: Problem, w: Float[Tensor, "B P"]) -> Float[Tensor, " B"]:
+def _digits_left(problem: Problem, w: Rows) -> PerTrajectory:
     """How many digits of the softmax weights survive a rounding error in every weight."""
-    generator, eps = torch.Generator().manual_seed(0), torch.finfo(w.dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(w.dtype).eps
     p = problem.weights(w)  # (B, M)
-    counted = p >= _COUNTED * p.amax(-1, keepdim=True)
+    largest = p.amax(-1, keepdim=True)
+    counted = p >= _COUNTED * largest
     lost = torch.full_like(p[:, 0], eps)  # (B,)
     for _ in range(_PROBES):
-        signs = torch.randint(2, w.shape[1:], generator=generator).to(w) * 2 - 1
+        coins = torch.randint(2, w.shape[1:], generator=generator)
+        signs = coins.to(w) * 2 - 1
         moved = problem.weights(w * (1 + eps * signs))
-        change = torch.where(counted, (moved / p - 1).abs(), 0.0)
+        change = (moved / p - 1).abs()
+        change = torch.where(counted, change, 0.0)
         lost = torch.maximum(lost, change.amax(-1))
     return -torch.log10(lost).clamp_max(0)
 
 
-def _on_kinks(
-    problem: Objective, values: Mapping[str, Array], final: State
-) -> dict[str, Explained]:
+def _on_kinks(problem: Objective, values: Values, final: State) -> dict[str, Explained]:
     none = np.zeros(len(final.w))
     if not problem.kinks:
         return dict.fromkeys(("kinks", "sliding", "releases"), (none, ""))
-    unknown, why = none * np.nan, ""
+    unknown = none * np.nan
+    why = ""
     kinks = sliding = unknown
     if final.multipliers is None:
         why = "the rule does not select a gradient on kinks"
@@ -308,19 +334,21 @@ def _on_kinks(
     if "tally_sliding" in values:
         sliding = peak(values["tally_sliding"])
     releases = final.tallies.get("releases", torch.from_numpy(none))
-    return {"kinks": (kinks, why), "sliding": (sliding, why), "releases": (_array(releases), "")}
+    return {
+        "kinks": (kinks, why),
+        "sliding": (sliding, why),
+        "releases": (as_array(releases), ""),
+    }
 
 
-def _slack(soft: Array, alpha: Array, sigma: Array, degree: float) -> Float[Array, " B"]:
+def _slack(soft: Series, alpha: Series, sigma: Series, degree: float) -> Column:
     """log(γ̃₂/γ̃₁)/L − ∫(1/α − 1)dσ over the saves where γ̃ > 0. Between two saves the integrand
     counts as the lesser of its ends, so that a negative slack is a violation and not the saves'
     spacing."""
     excess = 1 / positive(alpha) - 1
     least = np.minimum(excess[1:], excess[:-1])
-    part = np.diff(np.log(soft), axis=0) / degree - np.diff(sigma, axis=0) * least
+    allowed = np.diff(np.log(soft), axis=0) / degree
+    part = allowed - np.diff(sigma, axis=0) * least
     known = np.isfinite(part)
-    return np.where(known.any(0), part.sum(0, where=known), np.nan)
-
-
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().cpu().double().numpy()
+    total = part.sum(0, where=known)
+    return np.where(known.any(0), total, np.nan)

@@ -2,17 +2,26 @@
 kinks."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowsim.diagnostics.selected import margin_reading, selected_sides
+from flowsim.diagnostics.selected import margin_reading, selected_sides, strictly_between
 from flowsim.kernels.reference import jacobian
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
+from flowsim.numerics.batched import dot
+from flowsim.numerics.shapes import Row
 from flowsim.problems.kinks import NetAt
 from flowsim.problems.problem import Problem
+
+PerExample: TypeAlias = Float[Tensor, "N m"]
+"""One number for each example and hidden unit of one trajectory."""
+
+Gradients: TypeAlias = Float[Tensor, "A P"]
+"""One gradient for each margin."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +39,21 @@ class FreeKinks:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def along(self, u: Float[Tensor, " P"]) -> Float[Tensor, " K"]:
+    def along(self, u: Row) -> Float[Tensor, " K"]:
         """⟨n_k, u⟩."""
-        return (self.normal * u[self.columns]).sum(-1)
+        return dot(self.normal, u[self.columns])
 
     def normals(self, size: int) -> Float[Tensor, "K P"]:
         """n_k with all its zeros."""
-        return self.normal.new_zeros(len(self), size).scatter_(1, self.columns, self.normal)
+        zeros = self.normal.new_zeros(len(self), size)
+        return zeros.scatter_(1, self.columns, self.normal)
 
 
 @dataclass(frozen=True)
 class GradientSets:
     """The sets ∂q_i(w) of A margins: base_i + Σ D_k n_k over the free kinks k of i, D in [0, 1]."""
 
-    base: Float[Tensor, "A P"]
+    base: Gradients
     kinks: FreeKinks
 
     @staticmethod
@@ -56,60 +66,84 @@ class GradientSets:
             J = problem.net.jacobian(state.w, problem.x)[0]  # (N, C, P)
             kinks = _no_kinks(J[0])
         else:
-            point = problem.two_layer(1).at(state.w)
-            D = point.net.spread(sides.view_as(point.z))[0]  # (N, m)
-            lowered = torch.where(_is_free(D), 0.0, D)
-            leak = point.net.leak
-            J = jacobian(point.tape(leak + (1 - leak) * lowered[None]))[0]
+            net = problem.two_layer(1)
+            point = net.at(state.w)
+            multipliers = net.spread(sides.view_as(point.z))
+            D = multipliers[0]  # (N, m)
+            J = _with_free_kinks_off(point, D)
             kinks = _free_kinks(point, D, example, cotangent)
-        return GradientSets(torch.einsum("ac,acp->ap", cotangent, J[example]), kinks)
+        base = torch.einsum("ac,acp->ap", cotangent, J[example])
+        return GradientSets(base, kinks)
 
-    def at(self, D: Float[Tensor, " K"]) -> Float[Tensor, "A P"]:
+    def at(self, D: Float[Tensor, " K"]) -> Gradients:
         """The gradients with these multipliers."""
-        place = (self.kinks.owner[:, None], self.kinks.columns)
-        return self.base.index_put(place, D[:, None] * self.kinks.normal, accumulate=True)
+        kinks = self.kinks
+        place = (kinks.owner[:, None], kinks.columns)
+        moves = D[:, None] * kinks.normal
+        return self.base.index_put(place, moves, accumulate=True)
 
-    def lowest(self, u: Float[Tensor, " P"]) -> Float[Tensor, "A P"]:
+    def lowest(self, u: Row) -> Gradients:
         """Of each set the gradient with the least ⟨·, u⟩."""
-        return self.at((self.kinks.along(u) < 0).to(u))
+        falling = self.kinks.along(u) < 0
+        return self.at(falling.to(u))
 
-    def value(self, u: Float[Tensor, " P"], norm: Norm) -> float:
+    def value(self, u: Row, norm: Norm) -> float:
         """min ⟨h, u⟩/‖u‖ over all sets, which ‖Σ p_i h_i‖_* cannot be below."""
         length = norm.value(u)
-        return float((self.lowest(u) @ u).amin() / length) if length > 0 else 0.0
+        if not length > 0:
+            return 0.0
+        slopes = self.lowest(u) @ u
+        return float(slopes.amin() / length)
 
 
 def _cotangents(
     problem: Problem, w: Float[Tensor, "1 P"], active: Int[Tensor, " A"]
 ) -> tuple[Int[Tensor, " A"], Float[Tensor, "A C"]]:
     """The example that each margin belongs to, and the margin's derivative by its outputs."""
-    q, back = margin_reading(problem).read(problem.outputs(w), problem.y)  # (1, M)
-    units = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[active]
+    reading = margin_reading(problem)
+    f = problem.outputs(w)
+    q, back = reading.read(f, problem.y)  # (1, M)
+    M = q.shape[1]
+    units = torch.eye(M).to(q)[active]
     cotangents = torch.cat([back(unit[None]) for unit in units])  # (A, N, C)
-    example = cotangents.abs().amax(-1).argmax(-1)
-    return example, cotangents[torch.arange(len(example), device=q.device), example]
+    largest = cotangents.abs().amax(-1)
+    example = largest.argmax(-1)
+    rows = torch.arange(len(example), device=q.device)
+    own = cotangents[rows, example]
+    return example, own
+
+
+def _with_free_kinks_off(point: NetAt, D: PerExample) -> Float[Tensor, "N C P"]:
+    """The outputs' Jacobian with the slopes of ``D``, but those of free kinks at D = 0."""
+    lowered = torch.where(strictly_between(D), 0.0, D)
+    leak = point.net.leak
+    slopes = leak + (1 - leak) * lowered
+    tape = point.tape(slopes[None])
+    return jacobian(tape)[0]
 
 
 def _free_kinks(
     point: NetAt,
-    D: Float[Tensor, "N m"],
+    D: PerExample,
     example: Int[Tensor, " A"],
     cotangent: Float[Tensor, "A C"],
 ) -> FreeKinks:
     """Those of a two-layer net, where n is the jump times x_i in the place of neuron j's incoming
     weights, which are the first block."""
-    owner, neuron = _is_free(D)[example].nonzero(as_tuple=True)
+    free = strictly_between(D)[example]
+    owner, neuron = free.nonzero(as_tuple=True)
     i = example[owner]
     x = point.net.x[0, i]  # (K, d)
-    d = torch.arange(x.shape[1], device=x.device)
-    jump = (1 - point.net.leak) * (cotangent @ point.last[0])[owner, neuron]
-    return FreeKinks(owner, neuron[:, None] * len(d) + d, jump[:, None] * x, D[i, neuron])
+    d = x.shape[1]
+    first = neuron[:, None] * d
+    columns = first + torch.arange(d, device=x.device)
+    force = cotangent @ point.last[0]  # (A, m)
+    jump = (1 - point.net.leak) * force[owner, neuron]
+    normal = jump[:, None] * x
+    return FreeKinks(owner, columns, normal, D[i, neuron])
 
 
 def _no_kinks(like: Float[Tensor, "C P"]) -> FreeKinks:
-    none = torch.zeros(0, 1, dtype=torch.long, device=like.device)
-    return FreeKinks(none[:, 0], none, like.new_zeros(0, 1), like.new_zeros(0))
-
-
-def _is_free(D: Float[Tensor, "N m"]) -> Bool[Tensor, "N m"]:
-    return (D > 0) & (D < 1)
+    nowhere = torch.zeros(0, 1, dtype=torch.long, device=like.device)
+    normal = like.new_zeros(0, 1)
+    return FreeKinks(nowhere[:, 0], nowhere, normal, normal[:, 0])

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy import ndarray as Array
 from torch import Tensor
 
 from flowsim.convex.cones import conic_optimum
@@ -24,8 +23,10 @@ from flowsim.convex.games import game, nearest_by_products
 from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
 from flowsim.diagnostics.gradient_sets import GradientSets
 from flowsim.diagnostics.selected import margin_reading
-from flowsim.motion.state import State
+from flowsim.diagnostics.series import as_array
+from flowsim.motion.state import State, tree_map
 from flowsim.norms.norm import Norm
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.problem import Problem
 
 _GAP = 1e-9  # relative, between what multipliers attain and what none is below
@@ -43,19 +44,19 @@ class BestMultipliers:
     frame ⟨w, Σ p_i h_i⟩/‖w‖. All are NaN where an example is misclassified."""
 
     p: Float[Tensor, "B M"]
-    dual: Float[Tensor, " B"]
-    least: Float[Tensor, " B"]
-    lower: Float[Tensor, " B"]
-    upper: Float[Tensor, " B"]
+    dual: PerTrajectory
+    least: PerTrajectory
+    lower: PerTrajectory
+    upper: PerTrajectory
 
     @property
-    def excess(self) -> Float[Tensor, " B"]:
+    def excess(self) -> PerTrajectory:
         """1 − L q_min/(‖w‖‖Σ p_i h_i‖_*) ≥ 0: zero exactly at KKT points, and 1 − α of these
         multipliers up to the spread of the active margins."""
         return 1 - self.lower / self.dual
 
     @property
-    def floor(self) -> Float[Tensor, " B"]:
+    def floor(self) -> PerTrajectory:
         """What 1 − α is at least, for any multipliers on the active examples."""
         return (1 - self.upper / self.least).clamp_min(0)
 
@@ -70,24 +71,37 @@ def best_multipliers(
     either side or any mean of them. A linear programme in ℓ1 and ℓ∞, least squares in quadratic
     norms; other norms need the extra ``convex``."""
     norm = norm.bind(problem.layout)
-    rows = []
-    for b in torch.arange(len(state.w), device=state.w.device).split(1):
-        rows.append(_of_one(problem.select(b), state.select(b), norm, decades))
-    return BestMultipliers(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+    trajectories = torch.arange(len(state.w), device=state.w.device)
+    several = []
+    for b in trajectories.split(1):
+        one = problem.select(b)
+        several.append(_of_one(one, state.select(b), norm, decades))
+    return tree_map(lambda *rows: torch.cat(rows), *several)
 
 
-def _of_one(problem: Problem, state: State, norm: Norm, decades: float) -> tuple[Tensor, ...]:
-    """The fields of `BestMultipliers` for one trajectory."""
-    q = margin_reading(problem).read(problem.outputs(state.w), problem.y)[0][0]  # (M,)
-    least = q.amin()
+def _of_one(problem: Problem, state: State, norm: Norm, decades: float) -> BestMultipliers:
+    """The same for one trajectory."""
+    reading = margin_reading(problem)
+    f = problem.outputs(state.w)
+    q, _ = reading.read(f, problem.y)  # (1, M)
+    least = q.amin(-1)
+    unknown = least * torch.nan
     if not least > 0:
-        return (torch.full_like(q, torch.nan), *[torch.full_like(least, torch.nan)] * 4)
-    active = (q <= least + decades * math.log(10)).nonzero()[:, 0]
-    best = best_mixture(GradientSets.of(problem, state, active), norm)
-    p = torch.zeros_like(q).index_put((active,), best.p)
-    scale = problem.degree / norm.value(state.w[0])
-    dual, bound = q.new_tensor(best.dual), q.new_tensor(best.bound)
-    return p, dual, bound, scale * least, scale * q[active].amax()
+        return BestMultipliers(q * torch.nan, unknown, unknown, unknown, unknown)
+    near = q[0] <= least + decades * math.log(10)
+    active = near.nonzero()[:, 0]
+    sets = GradientSets.of(problem, state, active)
+    best = best_mixture(sets, norm)
+    p = torch.zeros_like(q)
+    p[0, active] = best.p
+    scale = problem.degree / norm.value(state.w)
+    return BestMultipliers(
+        p=p,
+        dual=torch.full_like(least, best.dual),
+        least=torch.full_like(least, best.bound),
+        lower=scale * least,
+        upper=scale * q[:, active].amax(-1),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,46 +123,58 @@ def best_mixture(sets: GradientSets, norm: Norm) -> BestMixture:
     """The least ‖Σ p_i h_i‖_* over h_i of the sets."""
     if norm.quadratic:
         return _by_vertices(sets, norm)
-    optimum = (linear_optimum if is_linear(norm) else conic_optimum)(lifted(sets), norm)
-    u, multipliers = (torch.from_numpy(a).to(sets.base) for a in (optimum.u, optimum.multipliers))
-    p, force = multipliers.tensor_split([len(sets.base)])  # (A,), (K,)
-    p = p.clamp_min(0) / p.clamp_min(0).sum()
+    solve = linear_optimum if is_linear(norm) else conic_optimum
+    optimum = solve(lifted(sets), norm)
+    u = torch.from_numpy(optimum.u).to(sets.base)
+    multipliers = torch.from_numpy(optimum.multipliers).to(sets.base)
+    share, force = multipliers.tensor_split([len(sets.base)])  # (A,), (K,)
+    positive = share.clamp_min(0)
+    p = positive / positive.sum()
     weight = p[sets.kinks.owner]
-    D = (force / torch.where(weight > 0, weight, torch.inf)).clamp(0, 1)
-    return BestMixture(p, float(norm.dual(p @ sets.at(D))), sets.value(u, norm))
+    weight = torch.where(weight > 0, weight, torch.inf)
+    D = (force / weight).clamp(0, 1)
+    h = p @ sets.at(D)
+    dual = float(norm.dual(h))
+    return BestMixture(p, dual, bound=sets.value(u, norm))
 
 
 def _by_vertices(sets: GradientSets, norm: Norm) -> BestMixture:
     """The hull of few gradients, to which those are added that its answer w has overlooked."""
-    A, bound = len(sets.base), 0.0
-    rows, owner = sets.at(sets.kinks.D), torch.arange(A)
+    A = len(sets.base)
+    bound = 0.0
+    rows = sets.at(sets.kinks.D)
+    owner = torch.arange(A)
     for _ in range(_ROUNDS):
-        found = game(rows.double().cpu().numpy(), norm, nearest_by_products)
+        found = game(as_array(rows), norm, nearest_by_products)
         u = torch.from_numpy(found.w).to(rows)
         bound = max(bound, sets.value(u, norm))
         p = np.bincount(owner.numpy(), found.p, A)
-        if found.bound - bound <= _GAP * found.bound:
+        gap = found.bound - bound
+        if gap <= _GAP * found.bound:
             break
-        new, used = sets.lowest(u), torch.from_numpy(found.p > 0)
-        better = (new @ u) < found.bound * (1 - _GAP)
+        new = sets.lowest(u)
+        better = new @ u < found.bound * (1 - _GAP)
+        added = better.nonzero()[:, 0].cpu()
+        used = torch.from_numpy(found.p > 0)
         rows = torch.cat([rows[used], new[better]])
-        owner = torch.cat([owner[used], better.nonzero()[:, 0].cpu()])
-    return BestMixture(torch.from_numpy(p).to(rows), found.bound, bound)
+        owner = torch.cat([owner[used], added])
+    weights = torch.from_numpy(p).to(rows)
+    return BestMixture(weights, found.bound, bound)
 
 
 def lifted(sets: GradientSets) -> BallProgramme:
     """max τ over ‖u‖ ≤ 1 and s ≥ 0 with ⟨b_i, u⟩ − Σ s_k ≥ τ, k of i, and s_k ≥ −⟨n_k, u⟩."""
-    (A, P), K = sets.base.shape, len(sets.kinks)
-    b, n, owner = (
-        part.cpu().numpy() for part in (sets.base, sets.kinks.normals(P), sets.kinks.owner)
-    )
+    A, P = sets.base.shape
+    K = len(sets.kinks)
+    b = as_array(sets.base)
+    n = as_array(sets.kinks.normals(P))
+    owner = as_array(sets.kinks.owner)
     scale = np.abs(b).max()
-    margins = np.hstack([-b / scale, _belongs(owner, A), np.ones((A, 1))])
-    hinges = np.hstack([-n / scale, -np.eye(K), np.zeros((K, 1))])
+    belongs = owner == np.arange(A)[:, None]  # (A, K)
+    tau = np.repeat([1.0, 0.0], [A, K])[:, None]
+    along = np.vstack([b, n]) / scale
+    hinges = np.vstack([belongs, -np.eye(K)])
+    rows = np.hstack([-along, hinges, tau])
     goal = np.append(np.zeros(P + K), 1.0)
-    return BallProgramme(goal, np.vstack([margins, hinges]), np.append(np.zeros(K), -np.inf))
-
-
-def _belongs(owner: Array, A: int) -> Float[Array, "A K"]:
-    """One where kink k belongs to set i."""
-    return (owner == np.arange(A)[:, None]).astype(float)
+    lowest = np.append(np.zeros(K), -np.inf)
+    return BallProgramme(goal, rows, lowest)

@@ -7,10 +7,10 @@ them under those names."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.layout import Block
@@ -18,11 +18,17 @@ from flowsim.motion.state import State
 from flowsim.norms.blocks import modular
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
+from flowsim.numerics.shapes import Outputs, PerTrajectory
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 
 Observer = Callable[[Any, State], Tensor]
 """A function of (problem, state) that returns ``(B, …)``, for ``simulate(…, observe=…)``."""
+
+PerLayer: TypeAlias = Float[Tensor, "B layers"]
+"""One number for each layer."""
+
+_SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of examples, at which quantiles are taken
 
 
 def classifies(problem: Objective) -> TypeGuard[Problem]:
@@ -32,7 +38,12 @@ def classifies(problem: Objective) -> TypeGuard[Problem]:
 
 def size(norm: Norm) -> Observer:
     """‖w‖."""
-    return lambda problem, state: norm.bind(problem.layout).value(state.w)
+
+    def measure(problem: Objective, state: State) -> PerTrajectory:
+        bound = norm.bind(problem.layout)
+        return bound.value(state.w)
+
+    return measure
 
 
 def margin(norm: Norm) -> Observer:
@@ -41,7 +52,12 @@ def margin(norm: Norm) -> Observer:
 
     With several classes the minimum is over examples and wrong classes.
     """
-    return lambda problem, state: problem.margins(state.w).amin(-1) / _power(problem, norm, state)
+
+    def measure(problem: Problem, state: State) -> PerTrajectory:
+        hard = problem.margins(state.w).amin(-1)
+        return hard / _power(problem, norm, state)
+
+    return measure
 
 
 def soft_margin(norm: Norm) -> Observer:
@@ -50,13 +66,19 @@ def soft_margin(norm: Norm) -> Observer:
 
     It never falls along a steepest flow in the same norm once 𝓛 < ℓ(0). Raises for a loss without
     an inverse."""
-    return lambda problem, state: (
-        problem.loss.soft_minimum(problem.lam(state.w)) / _power(problem, norm, state)
-    )
+
+    def measure(problem: Problem, state: State) -> PerTrajectory:
+        lam = problem.lam(state.w)
+        soft = problem.loss.soft_minimum(lam)
+        return soft / _power(problem, norm, state)
+
+    return measure
 
 
-def _power(problem: Problem, norm: Norm, state: State) -> Tensor:
-    return norm.bind(problem.layout).value(state.w) ** problem.degree
+def _power(problem: Problem, norm: Norm, state: State) -> PerTrajectory:
+    """‖w‖^L."""
+    bound = norm.bind(problem.layout)
+    return bound.value(state.w) ** problem.degree
 
 
 def paper(problem: Problem) -> dict[str, Observer]:
@@ -65,10 +87,11 @@ def paper(problem: Problem) -> dict[str, Observer]:
 
     ``gamma_1`` divides by ‖w‖_∞^L, ``gamma_2`` by ‖w‖₂^L, ``gamma_inf`` by ‖w‖₁^L, and
     ``gamma_sigma``, which is not named dually, by the largest spectral norm of a layer."""
-    norms: dict[str, Norm] = {"gamma_1": Linf(), "gamma_2": L2(), "gamma_inf": L1()}
     return {
-        name: margin(norm)
-        for name, norm in (norms | {"gamma_sigma": modular(problem.layout)}).items()
+        "gamma_1": margin(Linf()),
+        "gamma_2": margin(L2()),
+        "gamma_inf": margin(L1()),
+        "gamma_sigma": margin(modular(problem.layout)),
     }
 
 
@@ -80,12 +103,14 @@ def paper(problem: Problem) -> dict[str, Observer]:
 def layer_norms(norm: Norm) -> Observer:
     """‖W_l‖ of each layer ``(B, layers)``, in a norm of one block, such as L2() or Spectral()."""
 
-    def measure(problem: Problem, state: State) -> Tensor:
-        alone = [Block(b.name, 0, b.shape) for b in problem.layout]
-        pairs = zip(problem.layout, alone, strict=True)
-        return torch.stack(
-            [norm.bind((own,)).value(state.w[:, block.slice]) for block, own in pairs], -1
-        )
+    def measure(problem: Problem, state: State) -> PerLayer:
+        lengths = []
+        for block in problem.layout:
+            alone = Block(block.name, 0, block.shape)
+            bound = norm.bind((alone,))
+            weights = state.w[:, block.slice]
+            lengths.append(bound.value(weights))
+        return torch.stack(lengths, -1)
 
     return measure
 
@@ -96,30 +121,36 @@ def product_margin(norm: Norm) -> Observer:
 
     It does not change when one layer is scaled alone. NaN for a net that is not homogeneous in each
     layer."""
-    each = layer_norms(norm)
+    lengths = layer_norms(norm)
 
-    def measure(problem: Problem, state: State) -> Tensor:
+    def measure(problem: Problem, state: State) -> PerTrajectory:
         degrees = block_degrees(problem, state)
-        return problem.margins(state.w).amin(-1) / (each(problem, state) ** degrees).prod(-1)
+        powers = lengths(problem, state) ** degrees
+        hard = problem.margins(state.w).amin(-1)
+        return hard / powers.prod(-1)
 
     return measure
 
 
-def block_degrees(problem: Problem, state: State) -> Float[Tensor, "B layers"]:
+def block_degrees(problem: Problem, state: State) -> PerLayer:
     """The degree of the outputs in each block, measured by doubling it; NaN where they are not
     homogeneous in it."""
     f = problem.outputs(state.w)
+    largest = _largest(f)
     found = []
     for block in problem.layout:
         doubled = state.w.clone()
         doubled[:, block.slice] *= 2
-        degree = torch.log2(_largest(problem.outputs(doubled)) / _largest(f))
-        off = _largest(problem.outputs(doubled) - 2 ** degree[:, None, None] * f)
-        found.append(torch.where(off <= 1e-6 * _largest(f), degree, torch.nan))
+        grown = problem.outputs(doubled)
+        degree = torch.log2(_largest(grown) / largest)
+        factor = 2 ** degree[:, None, None]
+        error = _largest(grown - factor * f)
+        homogeneous = error <= 1e-6 * largest
+        found.append(torch.where(homogeneous, degree, torch.nan))
     return torch.stack(found, -1)
 
 
-def _largest(f: Tensor) -> Tensor:
+def _largest(f: Outputs) -> PerTrajectory:
     return f.flatten(1).abs().amax(-1)
 
 
@@ -133,44 +164,58 @@ def support_vectors(decades: float = 1.0) -> Observer:
     the exponential loss is at least 10^−k of the largest; none where an example is
     misclassified."""
 
-    def measure(problem: Problem, state: State) -> Bool[Tensor, "B N"]:
+    def measure(problem: Problem, state: State) -> Tensor:
         q = problem.margins(state.w)
         least = q.amin(-1, keepdim=True)
-        return (q <= least + decades * math.log(10)) & (least > 0)
+        near = q <= least + decades * math.log(10)
+        return near & (least > 0)
 
     return measure
 
 
 def support_count(decades: float = 1.0) -> Observer:
     """The number of `support_vectors`."""
-    return lambda problem, state: support_vectors(decades)(problem, state).sum(-1)
+    support = support_vectors(decades)
+
+    def measure(problem: Problem, state: State) -> Tensor:
+        near = support(problem, state)
+        return near.sum(-1)
+
+    return measure
 
 
-def margin_quantiles(norm: Norm, shares: Sequence[float] = (0.0, 0.1, 0.5, 0.9, 1.0)) -> Observer:
+def margin_quantiles(norm: Norm, shares: Sequence[float] = _SHARES) -> Observer:
     """Quantiles over examples of the normalised margins q_i/‖w‖^L, ``(B, len(shares))``: the margin
     distribution."""
 
     def measure(problem: Problem, state: State) -> Tensor:
         q = problem.margins(state.w)
-        return (
-            torch.quantile(q, q.new_tensor(shares), dim=-1).mT
-            / _power(problem, norm, state)[:, None]
-        )
+        fractions = q.new_tensor(shares)
+        quantiles = torch.quantile(q, fractions, dim=-1)
+        power = _power(problem, norm, state)
+        return quantiles.mT / power[:, None]
 
     return measure
 
 
-def entropy(problem: Problem, state: State) -> Tensor:
+def entropy(problem: Problem, state: State) -> PerTrajectory:
     """H(p) = −Σ p_i log p_i of the weights in the descent, between 0 and log M."""
     p = problem.weights(state.w)
-    return -torch.special.xlogy(p, p).sum(-1)
+    terms = torch.special.xlogy(p, p)
+    return -terms.sum(-1)
 
 
-def accuracy(problem: Problem, state: State) -> Tensor:
+def accuracy(problem: Problem, state: State) -> PerTrajectory:
     """The share of examples with a positive margin."""
-    return (problem.margins(state.w) > 0).to(state.w).mean(-1)
+    correct = problem.margins(state.w) > 0
+    return correct.to(state.w).mean(-1)
 
 
 def test_accuracy(test: Problem) -> Observer:
     """Accuracy on another data set."""
-    return lambda problem, state: accuracy(test.like(state.w), state)
+
+    def measure(problem: Problem, state: State) -> PerTrajectory:
+        own = test.like(state.w)
+        return accuracy(own, state)
+
+    return measure

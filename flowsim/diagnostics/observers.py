@@ -1,9 +1,8 @@
-"""Measurements of trajectories, gathered: `flowsim.diagnostics.margin` and the others are the
-user's names for them.
+"""Measurements by name, gathered for ``simulate(…, observe=…)``: the usual ones, and those of the KKT
+conditions.
 
-Functions of (problem, state), most of them for ``simulate(…, observe=…)``, are in `margins`,
-`stationarity` and `multipliers`. Theorems as numbers, at a point and along a run, are in
-`identities`."""
+Each of them is in `margins`, `stationarity` and `lagrange`; theorems as numbers, at a point and
+along a run, are in `theorems`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from flowsim.diagnostics.lagrange import best_multipliers
 from flowsim.diagnostics.margins import (
     Observer,
     accuracy,
+    classifies,
     entropy,
     margin,
     size,
@@ -44,19 +44,21 @@ def standard(
     ``test_accuracy``. All share one gradient at each save point."""
     h = _Last(ascent)
     found: dict[str, Observer] = {}
-    classifies = problem.loss.reading.targets != "values"
+    has_margins = classifies(problem)
+    has_inverse = problem.loss.tail.inverse is not None
     for norm in norms:
         found[f"norm_{norm.name}"] = size(norm)
         found[f"dual_{norm.name}"] = dual(norm, ascent=h)
         found[f"alignment_{norm.name}"] = alignment(norm, ascent=h)
-        if classifies:
+        if has_margins:
             found[f"margin_{norm.name}"] = margin(norm)
-        if classifies and problem.loss.tail.inverse is not None:
+        if has_margins and has_inverse:
             found[f"soft_margin_{norm.name}"] = soft_margin(norm)
-    if classifies:
+    if has_margins:
         found |= {"entropy": entropy, "support": support_count(), "accuracy": accuracy}
         if test is not None:
-            found["test_accuracy"] = test_accuracy(problem.with_data(*test))
+            held_out = problem.with_data(*test)
+            found["test_accuracy"] = test_accuracy(held_out)
     return found
 
 
@@ -88,9 +90,14 @@ class _Last:
     share it."""
 
     function: Callable[[Problem, State], Any]
-    seen: tuple[Problem, State, Any] | None = None
+    problem: Problem | None = None
+    state: State | None = None
+    value: Any = None
 
     def __call__(self, problem: Problem, state: State) -> Any:
-        if self.seen is None or self.seen[0] is not problem or self.seen[1] is not state:
-            self.seen = (problem, state, self.function(problem, state))
-        return self.seen[2]
+        same = problem is self.problem and state is self.state
+        if not same:
+            self.value = self.function(problem, state)
+            self.problem = problem
+            self.state = state
+        return self.value

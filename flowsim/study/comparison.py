@@ -70,7 +70,8 @@ class Comparison:
         there = self.matched[label][at]
         if what in APART:
             return there[f"apart_{what}"]
-        ours, theirs = self.runs[label][what], there[what]
+        ours = self.runs[label][what]
+        theirs = there[what]
         same = np.zeros_like(ours)  # also log t = −∞ at the start
         return np.subtract(ours, theirs, out=same, where=ours != theirs)
 
@@ -89,9 +90,10 @@ class Comparison:
     @property
     def _measured(self) -> list[str]:
         """Distances, of which an objective that is no loss has none of outputs, and values."""
-        some = next(iter(self.matched.values()))["nearest"]
-        distances = [what for what in APART if f"apart_{what}" in some]
-        return distances + [name for name in self.flow.names if not name.startswith("tally_")]
+        places = [there["nearest"] for there in self.matched.values()]
+        distances = [what for what in APART if all(f"apart_{what}" in there for there in places)]
+        values = [name for name in self.flow.names if not name.startswith("tally_")]
+        return distances + values
 
     @property
     def labels(self) -> list[str]:
@@ -100,7 +102,8 @@ class Comparison:
     def slopes(self, label: str) -> tuple[Float[np.ndarray, "K-1 B"], Float[np.ndarray, "K-1 B"]]:
         """dΛ/ds, the mean from save to save, of a run and of the flow between the same values of
         Λ."""
-        run, there = self.runs[label], self.matched[label]["lam"]
+        run = self.runs[label]
+        there = self.matched[label]["lam"]
         return _slope(run["lam"], run["arclength"]), _slope(there["lam"], there["arclength"])
 
     def write(self, path: str | Path) -> Path:
@@ -216,7 +219,7 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
     if until.clock is not STEPS:
         return until
     times = [_common_times(run) for run in runs.values()]
-    points = max(times, key=lambda t: (len(t), t[-1:]))
+    points = max(times, key=lambda t: (len(t), t[-1:]), default=())
     if not points:
         raise ValueError(
             "compare: got runs without a step that all their trajectories take, "
@@ -237,6 +240,8 @@ def _go_on(
 ) -> None:
     """Walk on to the furthest that any run has come to on each clock, trajectories that fail
     aside."""
+    if not runs:
+        return
     begun = state.attempts
     for clock in EQUAL.values():
         shown = [_come_to(run.final, clock).to(state.step_size) for run in runs.values()]

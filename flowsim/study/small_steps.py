@@ -126,7 +126,8 @@ class SmallStepLimit:
         return f"converged: {estimate}; differences {falls}"
 
     def _stall(self, b: int) -> str:
-        at, slope = f"level {self._level(b):.4g}", self.slope[b]
+        at = f"level {self._level(b):.4g}"
+        slope = self.slope[b]
         if math.isnan(slope):
             return f"stalls at {at}; whether that point is stationary is not known for this net"
         if slope == 0:
@@ -220,7 +221,8 @@ def _stalls(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which trajectories of the finest run stall, and the slope of the steepest flow where they
     do."""
-    stalled, slope = _efficiency(run) < 0.1, np.full(len(run), np.nan)
+    stalled = _efficiency(run) < 0.1
+    slope = np.full(len(run), np.nan)
     if stalled.any():
         problem = problem.like(run.final.w)
         rule = SmallStep(norm, dlam=step, relative=step)
@@ -256,7 +258,8 @@ def _watched(
         state = rule.advance(problem, state, until, 1)
         if crossed is not None:
             after = _sides(problem, state.w)
-            crossed, side = crossed | (after != side), after
+            crossed = crossed | (after != side)
+            side = after
     more = {name: state.readings[name] - before[name] for name in before}
     return state, more, crossed
 

@@ -43,7 +43,8 @@ class Traced:
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         for _ in range(budget):
-            before, state = state, self.rule.advance(problem, state, until, 1)
+            before = state
+            state = self.rule.advance(problem, state, until, 1)
             self._keep(before, state)
             if not bool(pending(state, until).any()):
                 break
@@ -169,12 +170,15 @@ def _closest(step: Segment, w: Float[Tensor, "R P"]) -> _Nearest:
         return (plain.at(u)[0] - w).norm(dim=-1).double()
 
     start = torch.zeros_like(step.lam_slope0)
-    low, high = start, start + 1
+    low = start
+    high = start + 1
     for _ in range(45):
         width = _GOLDEN * (high - low)
-        a, b = high - width, low + width
+        a = high - width
+        b = low + width
         left = distance(a) <= distance(b)
-        low, high = torch.where(left, low, a), torch.where(left, b, high)
+        low = torch.where(left, low, a)
+        high = torch.where(left, b, high)
     u = torch.stack([start, 0.5 * (low + high), start + 1])
     apart = torch.stack([distance(row) for row in u])
     best = apart.nan_to_num(torch.inf).argmin(0, keepdim=True)

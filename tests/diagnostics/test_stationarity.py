@@ -8,7 +8,6 @@ import torch
 
 import flowsim as fs
 from flowsim import diagnostics
-from flowsim.diagnostics.selected import loss_multipliers
 from flowsim.diagnostics.stationarity import Stationarity
 from flowsim.motion.state import initial_state
 
@@ -87,19 +86,6 @@ def test_at_the_largest_margin_of_a_linear_model_the_flow_shows_its_multipliers(
     assert float(at.residual(0.05)[1]) < 0.05
 
 
-@pytest.mark.parametrize("norm", [*NORMS, *MATRIX], ids=lambda n: n.name)
-def test_the_nearby_pair_is_a_kkt_pair_within_the_promised_distance(norm, slid):
-    at = Stationarity.of(NET, slid, norm)
-    found, bound = at.nearby(), float((1 - at.alignment).sqrt())
-    assert float(found.moved) <= bound * (1 + 1e-6)
-    assert float(found.missed) <= bound * (1 + 1e-6)
-    # k ∈ ∂½‖w‖²: both have the same size, and the pairing attains its square
-    size, dual = float(at.norm.value(found.w)), float(at.norm.dual(found.force))
-    assert size == pytest.approx(dual, rel=1e-5)
-    assert float((found.w * found.force).sum()) == pytest.approx(size * dual, rel=1e-5)
-    assert float(at.norm.value(found.w - at.w)) == pytest.approx(float(found.moved * at.size))
-
-
 @pytest.mark.parametrize("norm", [fs.L1(), fs.Linf(), fs.modular(NET.layout)], ids=lambda n: n.name)
 def test_the_curve_over_tolerances_falls_from_order_one_to_nothing(norm, slid):
     at = Stationarity.of(NET, slid, norm)
@@ -132,18 +118,6 @@ def test_the_distance_in_linf_is_the_least_over_the_simplex():
     rows = torch.cat([torch.cat([-spread, -eye], 1), torch.cat([spread, -eye], 1)]).numpy()
     found = linprog(goal, rows, [*-unit, *unit], [[1.0] * 3 + [0.0] * 4], [1.0])
     assert float(at.residual(0.05)[1]) == pytest.approx(found.fun, rel=1e-9)
-
-
-@pytest.mark.parametrize("loss", [fs.cross_entropy, fs.pairwise_exponential])
-def test_shares_of_several_classes_sum_up_to_the_gradient(loss):
-    problem = fs.Problem(fs.MLP([5, 7, 3]), NET.x, torch.arange(10) % 3, loss)
-    at = initial_state(problem, problem.net.init(range(2)))
-    q, mu = loss_multipliers(problem, at)
-    assert q.shape == mu.shape == (2, 20)
-    assert (mu >= 0).all()
-    assert q.amin(-1).tolist() == pytest.approx(problem.margins(at.w).amin(-1).tolist())
-    h = problem.ascent(at.w)[1]
-    torch.testing.assert_close((at.w * h).sum(-1), 2 * (mu * q).sum(-1))
 
 
 def test_the_divergence_does_not_depend_on_the_subgradient():

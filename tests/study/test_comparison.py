@@ -45,6 +45,17 @@ def test_the_flow_goes_as_far_as_the_runs_on_every_clock(bowl):
     )
 
 
+def test_without_runs_the_flow_goes_alone():
+    alone = fs.compare(BOWL, FLOW, {}, CORNERS, until=fs.time(2.0, saves=9))
+    run = fs.simulate(BOWL, FLOW, CORNERS, until=fs.time(2.0, saves=9))
+    assert alone.labels == []
+    assert np.array_equal(alone.flow.weights, run.weights)
+    with pytest.raises(KeyError, match="expected one of"):
+        alone["gd", "weights", "log_time"]
+    with pytest.raises(ValueError, match="without a step"):
+        fs.compare(BOWL, FLOW, {}, CORNERS, until=fs.steps(3))
+
+
 def test_slopes_are_rises_over_lengths(bowl):
     ours, flows = bowl.slopes("0.05")
     run = bowl.runs["0.05"]

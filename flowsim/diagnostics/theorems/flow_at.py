@@ -9,50 +9,56 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import entropy, soft_margin
-from flowsim.diagnostics.selected import ascent, selected_sides
+from flowsim.diagnostics.selected import ascent, selected_sides, strictly_between
 from flowsim.diagnostics.stationarity import Stationarity
 from flowsim.diagnostics.theorems.check import EXACT
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
 from flowsim.norms.polars import polar
+from flowsim.numerics.batched import dot
+from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.problem import Problem
 from flowsim.velocity.selection import select
 
 
-def velocity(problem: Problem, state: State, norm: Norm) -> Float[Tensor, "B P"]:
+def velocity(problem: Problem, state: State, norm: Norm) -> Rows:
     """The unit velocity dw/ds of the flow: at ties what its method has followed, where the state
     remembers it, else what `select` gives."""
-    norm, h = norm.bind(problem.layout), ascent(problem, state)
+    norm = norm.bind(problem.layout)
+    h = ascent(problem, state)
     if not norm.ties:
         return norm.steepest(h)
     if "velocity" in state.memory:
         followed = state.memory["velocity"]
         u = followed / norm.value(followed)[:, None]
-        along = (u * h).sum(-1)
-        if bool((along >= (1 - EXACT) * norm.dual(h)).all()):  # else it was another norm's
+        steepest = dot(u, h) >= (1 - EXACT) * norm.dual(h)
+        if bool(steepest.all()):  # else it was another norm's
             return u
-    return select(problem, norm, state.w, selected_sides(problem, state)).direction
+    sides = selected_sides(problem, state)
+    return select(problem, norm, state.w, sides).direction
 
 
-def rise(problem: Problem, state: State, u: Float[Tensor, "B P"]) -> Float[Tensor, " B"]:
+def rise(problem: Problem, state: State, u: Rows) -> PerTrajectory:
     """The derivative of Λ along u from the right, example by example: no gradient in the weights
     enters."""
     sides = selected_sides(problem, state)
     if sides is None:
-        cotangent = problem.loss.ascent(problem.outputs(state.w), problem.y)[1]
+        f = problem.outputs(state.w)
+        _, cotangent = problem.loss.ascent(f, problem.y)
         moves = problem.net.pushforward(state.w, problem.x, u)
         return (cotangent * moves).flatten(1).sum(-1)
     hinges = problem.hinges(state.w)
-    along, slides = hinges.along(u), (sides > 0) & (sides < 1)
+    along = hinges.along(u)
+    slides = strictly_between(sides)
     kinked = torch.where(slides, along.clamp_min(0), sides * along)
-    return (hinges.base * u).sum(-1) + (hinges.jump * kinked).sum(-1)
+    return dot(hinges.base, u) + dot(hinges.jump, kinked)
 
 
-def radial_speed(
-    problem: Problem, state: State, norm: Norm, u: Float[Tensor, "B P"]
-) -> Float[Tensor, " B"]:
+def radial_speed(problem: Problem, state: State, norm: Norm, u: Rows) -> PerTrajectory:
     """ν, the derivative of ‖w‖ along u from the right: max ⟨n, u⟩ over n ∈ ∂‖w‖."""
-    return polar(norm.bind(problem.layout)).face(state.w).support(u)
+    bound = norm.bind(problem.layout)
+    subgradients = polar(bound).face(state.w)
+    return subgradients.support(u)
 
 
 def neuron_balance(
@@ -63,7 +69,8 @@ def neuron_balance(
 
     At a KKT point in ℓp, p < ∞, they are equal for every neuron; in ℓ2 ‖w_j‖² − ‖a_j‖² is constant
     along the flow, sliding or not. Raises ValueError for nets that do not have two layers."""
-    if len(problem.layout) != 2 or any(len(block.shape) != 2 for block in problem.layout):
+    matrices = all(len(block.shape) == 2 for block in problem.layout)
+    if len(problem.layout) != 2 or not matrices:
         raise ValueError(
             f"neuron_balance: got {len(problem.layout)} blocks, expected the two layers of "
             "MLP([d, m, c])"
@@ -88,66 +95,67 @@ class FlowAt:
         return self.problem.degree
 
     @cached_property
-    def size(self) -> Float[Tensor, " B"]:
+    def size(self) -> PerTrajectory:
         """‖w‖."""
         return self.norm.value(self.state.w)
 
     @cached_property
-    def h(self) -> Float[Tensor, "B P"]:
+    def h(self) -> Rows:
         """∇Λ, the element that the flow has selected."""
         return ascent(self.problem, self.state)
 
     @cached_property
-    def slope(self) -> Float[Tensor, " B"]:
+    def slope(self) -> PerTrajectory:
         """‖h‖_*."""
         return self.norm.dual(self.h)
 
     @property
-    def radial_rise(self) -> Float[Tensor, " B"]:
+    def radial_rise(self) -> PerTrajectory:
         """⟨w, h⟩."""
-        return (self.state.w * self.h).sum(-1)
+        return dot(self.state.w, self.h)
 
     @property
-    def alpha(self) -> Float[Tensor, " B"]:
+    def alpha(self) -> PerTrajectory:
         """⟨w, h⟩/(‖w‖‖h‖_*)."""
         return self.radial_rise / (self.size * self.slope)
 
     @cached_property
-    def u(self) -> Float[Tensor, "B P"]:
+    def u(self) -> Rows:
         """The unit velocity."""
         return velocity(self.problem, self.state, self.norm)
 
     @cached_property
-    def rise(self) -> Float[Tensor, " B"]:
+    def rise(self) -> PerTrajectory:
         """dΛ/ds."""
         return rise(self.problem, self.state, self.u)
 
     @cached_property
-    def nu(self) -> Float[Tensor, " B"]:
+    def nu(self) -> PerTrajectory:
         """d‖w‖/ds."""
         return radial_speed(self.problem, self.state, self.norm, self.u)
 
     @property
-    def level(self) -> Float[Tensor, " B"]:
+    def level(self) -> PerTrajectory:
         """Λ, of whatever sign."""
         return self.problem.lam(self.state.w)
 
     @cached_property
-    def lam(self) -> Float[Tensor, " B"]:
+    def lam(self) -> PerTrajectory:
         """Λ; NaN where it is not positive."""
         self._require_exponential()
         return torch.where(self.level > 0, self.level, torch.nan)
 
     @cached_property
-    def H(self) -> Float[Tensor, " B"]:
+    def H(self) -> PerTrajectory:
         """The entropy of the softmax weights."""
         self._require_exponential()
         return entropy(self.problem, self.state)
 
     @property
-    def soft(self) -> Float[Tensor, " B"]:
+    def soft(self) -> PerTrajectory:
         """γ̃."""
-        return soft_margin(self.norm)(self.problem, self.state)
+        measure = soft_margin(self.norm)
+        return measure(self.problem, self.state)
 
     @cached_property
     def kkt(self) -> Stationarity:
