@@ -49,49 +49,67 @@ class Tape:
 def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Outputs, Tape]:
     """Outputs f(x) and the tape."""
     *hidden, last = weights
-    a = x.expand(len(last), *x.shape[-2:])
+    B = len(last)
+    a = x.expand(B, *x.shape[-2:])
     inputs = [a]
     slopes = []
     for W in hidden:
         z = bmm(a, W.mT)
         a = activation.value(z)
+        slope = activation.slope(z)
         inputs.append(a)
-        slopes.append(activation.slope(z))
-    return bmm(a, last.mT), Tape(weights, tuple(inputs), tuple(slopes))
+        slopes.append(slope)
+    outputs = bmm(a, last.mT)
+    return outputs, Tape(weights, tuple(inputs), tuple(slopes))
 
 
 def sensitivities(tape: Tape, c: Float[Tensor, "B N K C"]) -> list[Float[Tensor, "B N K n"]]:
     """∂⟨c, f⟩/∂z_l for K cotangents c of each example, first layer first."""
+    shape = c.shape[1:3]
+    delta = c
     deltas = [c]
-    for W, slope in zip(reversed(tape.weights[1:]), reversed(tape.slopes), strict=True):
-        delta = bmm(deltas[-1].flatten(1, 2), W).unflatten(1, c.shape[1:3])
-        deltas.append(delta.mul_(slope[:, :, None]))  # in place: half of the memory traffic
+    layers = zip(tape.weights[1:], tape.slopes, strict=True)
+    for W, slope in reversed(list(layers)):
+        rows = delta.flatten(1, 2)  # (B, NK, n)
+        delta = bmm(rows, W).unflatten(1, shape)
+        delta.mul_(slope[:, :, None])  # in place: half of the memory traffic
+        deltas.append(delta)
     return deltas[::-1]
 
 
 def pullback(tape: Tape, c: Outputs) -> Rows:
     """Jᵀc: the gradient of ⟨c, f⟩."""
     deltas = sensitivities(tape, c[:, :, None])
-    layers = zip(deltas, tape.inputs, strict=True)
-    return torch.cat([bmm(delta[:, :, 0].mT, a).flatten(1) for delta, a in layers], 1)
+    parts = []
+    for delta, a in zip(deltas, tape.inputs, strict=True):
+        gradient = bmm(delta[:, :, 0].mT, a)  # (B, n_l, n_{l-1})
+        parts.append(gradient.flatten(1))
+    return torch.cat(parts, 1)
 
 
 def pushforward(tape: Tape, v: Rows) -> Outputs:
     """Jv: the derivative of the outputs along one direction in weight space."""
-    parts = v.split([W[0].numel() for W in tape.weights], 1)
-    first, *later = (part.view_as(W) for part, W in zip(parts, tape.weights, strict=True))
+    sizes = [W[0].numel() for W in tape.weights]
+    parts = v.split(sizes, 1)
+    pairs = zip(parts, tape.weights, strict=True)
+    first, *later = (part.view_as(W) for part, W in pairs)
     dz = bmm(tape.inputs[0], first.mT)
     for l, V in enumerate(later, 1):
         da = dz * tape.slopes[l - 1]
-        dz = bmm(tape.inputs[l], V.mT) + bmm(da, tape.weights[l].mT)
+        own = bmm(tape.inputs[l], V.mT)
+        carried = bmm(da, tape.weights[l].mT)
+        dz = own + carried
     return dz
 
 
 def jacobian(tape: Tape) -> Float[Tensor, "B N C P"]:
     """J, dense: for small nets and for tests."""
-    layers = zip(sensitivities(tape, _each_output(tape)), tape.inputs, strict=True)
-    parts = [delta[..., None] * a[:, :, None, None] for delta, a in layers]
-    return torch.cat([part.flatten(3) for part in parts], -1)
+    deltas = sensitivities(tape, _each_output(tape))
+    parts = []
+    for delta, a in zip(deltas, tape.inputs, strict=True):
+        outer = delta[..., None] * a[:, :, None, None]  # (B, N, C, n_l, n_{l-1})
+        parts.append(outer.flatten(3))
+    return torch.cat(parts, -1)
 
 
 def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B NC NC"]:
@@ -99,12 +117,15 @@ def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B 
     a_{l-1}ᵀ)."""
     scales = scales or [1.0] * len(tape.inputs)
     total = tape.inputs[0].new_zeros(())
-    outputs = _each_output(tape)
-    for delta, a, scale in zip(sensitivities(tape, outputs), tape.inputs, scales, strict=True):
+    deltas = sensitivities(tape, _each_output(tape))
+    for delta, a, scale in zip(deltas, tape.inputs, scales, strict=True):
         C = delta.shape[2]
         rows = delta.flatten(1, 2)
-        inner = bmm(a, a.mT).repeat_interleave(C, 1).repeat_interleave(C, 2)
-        total = total + scale * bmm(rows, rows.mT) * inner
+        outer = bmm(rows, rows.mT)
+        inner = bmm(a, a.mT)
+        for axis in (1, 2):
+            inner = inner.repeat_interleave(C, axis)
+        total = total + scale * outer * inner
     return total
 
 
@@ -113,4 +134,5 @@ def _each_output(tape: Tape) -> Float[Tensor, "B N C C"]:
     last = tape.weights[-1]
     C = last.shape[1]
     unit = torch.eye(C, dtype=last.dtype, device=last.device)
-    return unit.expand(*tape.inputs[0].shape[:2], C, C)
+    B, N, _ = tape.inputs[0].shape
+    return unit.expand(B, N, C, C)

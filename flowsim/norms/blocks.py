@@ -12,15 +12,16 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import is_positive
 from flowsim.layout import Block, Layout
-from flowsim.norms.faces import Face, Mixture, Product, Scaled, WholeBall, onto_mixture
+from flowsim.norms.block_faces import Mixture, Product, onto_mixture
+from flowsim.norms.faces import Face, Scaled, WholeBall
 from flowsim.norms.matrix import Spectral
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf
+from flowsim.numerics.shapes import Vectors
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,16 @@ class NormedBlock:
         return self.norm.steepest(self.of(g)) * self.scale
 
     def face(self, g: Tensor, atol: Tensor) -> Face:
-        return self._scaled(self.norm._face(self.of(g), atol / self.scale), g)
+        face = self.norm._face(self.of(g), atol / self.scale)
+        return Scaled(self._scale_like(g), face)
 
     def ball(self, v: Tensor) -> Face:
-        return self._scaled(WholeBall(self.norm, torch.zeros_like(self.of(v))), v)
+        origin = torch.zeros_like(self.of(v))
+        ball = WholeBall(self.norm, origin)
+        return Scaled(self._scale_like(v), ball)
 
-    def _scaled(self, face: Face, v: Tensor) -> Face:
-        return Scaled(v.new_full((), self.scale), face)
+    def _scale_like(self, v: Tensor) -> Tensor:
+        return v.new_full((), self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,9 @@ class _Blocks(Norm):
     @property
     def norms(self) -> tuple[Norm, ...]:
         """The blocks' norms, or the one of all."""
-        return (self.parts,) if isinstance(self.parts, Norm) else tuple(self.parts.values())
+        if isinstance(self.parts, Norm):
+            return (self.parts,)
+        return tuple(self.parts.values())
 
     @property
     def name(self) -> str:
@@ -100,24 +106,30 @@ class _Blocks(Norm):
 
     @property
     def symbol(self) -> str:
-        inner = dict.fromkeys(norm.symbol.strip("$") for norm in self.norms)
-        return rf"$\mathrm{{{self.word}}}({', '.join(inner)})$"
+        symbols = [norm.symbol.strip("$") for norm in self.norms]
+        inner = ", ".join(dict.fromkeys(symbols))
+        return rf"$\mathrm{{{self.word}}}({inner})$"
 
     def bind(self, layout: Layout) -> Self:
         names = [block.name for block in layout]
-        parts = dict.fromkeys(names, self.parts) if isinstance(self.parts, Norm) else self.parts
+        parts = self.parts
+        if isinstance(parts, Norm):
+            parts = dict.fromkeys(names, parts)
         scales = self.scales or {}
-        if set(parts) != set(names) or not set(scales) <= set(names):
+        unknown = set(scales) - set(names)
+        if set(parts) != set(names) or unknown:
             raise ValueError(
                 f"got norms for {list(parts)} and scales for {list(scales)}, expected the layout's "
                 f"blocks {names}, try one norm for each of them or modular(layout)"
             )
 
-        def normed(block: Block) -> NormedBlock:
-            norm = parts[block.name].bind((replace(block, start=0),))
-            return NormedBlock(block, norm, float(scales.get(block.name, 1.0)))
-
-        return replace(self, blocks=tuple(normed(block) for block in layout))
+        blocks = []
+        for block in layout:
+            alone = replace(block, start=0)
+            norm = parts[block.name].bind((alone,))
+            scale = float(scales.get(block.name, 1.0))
+            blocks.append(NormedBlock(block, norm, scale))
+        return replace(self, blocks=tuple(blocks))
 
     def blocks_of(self, v: Tensor) -> tuple[NormedBlock, ...]:
         """``blocks``. Raises ValueError where the norm is not bound, or to weights other than
@@ -136,26 +148,36 @@ class _Blocks(Norm):
         return self.blocks
 
     def value(self, v: Tensor) -> Tensor:
-        return self.outer.value(torch.stack([part.value(v) for part in self.blocks_of(v)], -1))
+        values = [part.value(v) for part in self.blocks_of(v)]
+        return self.outer.value(torch.stack(values, -1))
 
     def dual(self, g: Tensor) -> Tensor:
         return self.outer.dual(self._duals(g))
 
     def steepest(self, g: Tensor) -> Tensor:
-        moves = self._moves(g)
-        parts = [moves[..., l, None] * part.steepest(g) for l, part in enumerate(self.blocks)]
+        moves = self._moves(g).unbind(-1)
+        parts = []
+        for move, part in zip(moves, self.blocks, strict=True):
+            direction = part.steepest(g)
+            parts.append(move[..., None] * direction)
         return torch.cat(parts, -1)
 
-    def _duals(self, g: Tensor) -> Float[Tensor, "*batch L"]:
-        return torch.stack([part.dual(g) for part in self.blocks_of(g)], -1)
+    def _duals(self, g: Tensor) -> Vectors:
+        """The dual norm of each block's gradient, ``(*batch, L)``."""
+        duals = [part.dual(g) for part in self.blocks_of(g)]
+        return torch.stack(duals, -1)
 
-    def _moves(self, g: Tensor) -> Float[Tensor, "*batch L"]:
-        """How far each block moves in its own norm."""
+    def _moves(self, g: Tensor) -> Vectors:
+        """How far each block moves in its own norm, ``(*batch, L)``."""
         return self.outer.steepest(self._duals(g))
+
+    def _faces(self, g: Tensor, atol: Tensor) -> tuple[Face, ...]:
+        return tuple(part.face(g, atol) for part in self.blocks_of(g))
 
     def _onto_ball(self, v: Tensor, *, power: int) -> Tensor:
         """`_nearest` where the ball is ``sum_l r_l^power <= 1`` in the blocks' norms r_l."""
-        balls = [(part.ball(v), part.of(v)) for part in self.blocks_of(v)]
+        parts = self.blocks_of(v)
+        balls = [(part.ball(v), part.of(v)) for part in parts]
         every = torch.ones_like(self._duals(v), dtype=torch.bool)
         return onto_mixture(balls, every, power=power)
 
@@ -178,10 +200,14 @@ class Max(_Blocks):
     outer = Linf()
 
     def _nearest(self, v: Tensor) -> Tensor:
-        return torch.cat([part.ball(v).project(part.of(v)) for part in self.blocks_of(v)], -1)
+        nearest = []
+        for part in self.blocks_of(v):
+            ball = part.ball(v)
+            nearest.append(ball.project(part.of(v)))
+        return torch.cat(nearest, -1)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        return Product(self._slices(), tuple(part.face(g, atol) for part in self.blocks_of(g)))
+        return Product(self._slices(), self._faces(g, atol))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +222,10 @@ class Sum(_Blocks):
         return self._onto_ball(v, power=1)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
-        tied = self._duals(g) >= (self.dual(g) - atol)[..., None]
-        return Mixture(self._slices(), tuple(part.face(g, atol) for part in self.blocks), tied)
+        duals = self._duals(g)
+        least = self.outer.dual(duals) - atol
+        tied = duals >= least[..., None]
+        return Mixture(self._slices(), self._faces(g, atol), tied)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,10 +250,10 @@ class Euclidean(_Blocks):
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         # blocks are independent, so each judges its ties by how far it moves
         moves = self._moves(g).unbind(-1)
-        faces = [
-            Scaled(move, part.face(g, atol * move))
-            for move, part in zip(moves, self.blocks, strict=True)
-        ]
+        faces = []
+        for move, part in zip(moves, self.blocks, strict=True):
+            face = part.face(g, atol * move)
+            faces.append(Scaled(move, face))
         return Product(self._slices(), tuple(faces))
 
 
@@ -237,5 +265,8 @@ def modular(layout: Layout, scales: Mapping[str, float] | None = None) -> Max:
     >>> modular(lay_out({"W1": (3, 2), "b1": (3,)})).name
     'max(W1:spectral,b1:l2)'
     """
-    norms = {b.name: Spectral() if len(b.shape) > 1 else L2() for b in layout}
+    norms: dict[str, Norm] = {}
+    for block in layout:
+        vector = len(block.shape) < 2
+        norms[block.name] = L2() if vector else Spectral()
     return Max(norms, scales).bind(layout)

@@ -19,22 +19,21 @@ composed:
     WholeBall     the whole unit ball, where the gradient is zero
     RowByRow      one face or another, row by row
     Scaled        a multiple of a face
-    Product       block by block
-    Mixture       a mixture of blocks
+
+Faces of several blocks are in `norms.block_faces`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from flowsim.numerics.batched import dot, eigh, from_svd, svd
-from flowsim.numerics.roots import find_zero
-from flowsim.numerics.scaling import lengths
+from flowsim.numerics.batched import dot, eigh, from_svd, singular_values, svd
+from flowsim.numerics.scaling import lengths, nonzero
+from flowsim.numerics.shapes import Matrices, PerVector, Vectors
 
 
 class Face(ABC):
@@ -44,26 +43,28 @@ class Face(ABC):
     """
 
     @abstractmethod
-    def element(self) -> Float[Tensor, "*batch P"]:
+    def element(self) -> Vectors:
         """The point of least Euclidean norm."""
 
     @abstractmethod
-    def support(self, c: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+    def support(self, c: Vectors) -> PerVector:
         """The maximum of ``<c, v>`` over the face."""
 
     @abstractmethod
-    def project(self, v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+    def project(self, v: Vectors) -> Vectors:
         """The Euclidean projection of ``v`` onto the face."""
 
-    def contains(self, v: Float[Tensor, "*batch P"], tol: float = 1e-9) -> Bool[Tensor, "*batch"]:
+    def contains(self, v: Vectors, tol: float = 1e-9) -> Bool[Tensor, "*batch"]:
         """Whether ``v`` lies within ``tol`` of the face, relative to the length of ``v`` or its
         projection.
 
         ``tol`` is never taken below 128 units of rounding, which a projection through an SVD may
         cost."""
         nearest = self.project(v)
-        relative = max(tol, 128 * torch.finfo(v.dtype).eps)
-        return lengths(v - nearest) <= relative * torch.maximum(lengths(v), lengths(nearest))
+        rounding = 128 * torch.finfo(v.dtype).eps
+        relative = max(tol, rounding)
+        longer = torch.maximum(lengths(v), lengths(nearest))
+        return lengths(v - nearest) <= relative * longer
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Box(Face):
         return self.project(torch.zeros_like(self.low))
 
     def support(self, c: Tensor) -> Tensor:
-        return torch.maximum(c * self.low, c * self.high).sum(-1)
+        ends = c * self.low, c * self.high
+        return torch.maximum(*ends).sum(-1)
 
     def project(self, v: Tensor) -> Tensor:
         return v.clamp(self.low, self.high)
@@ -107,13 +109,20 @@ class Simplex(Face):
     signs: Tensor
 
     def element(self) -> Tensor:
-        return self.signs / self.signs.abs().sum(-1, keepdim=True)
+        tied = self._tied.sum(-1, keepdim=True)
+        return self.signs / tied
 
     def support(self, c: Tensor) -> Tensor:
-        return torch.where(self.signs != 0, c * self.signs, -torch.inf).amax(-1)
+        corners = c * self.signs
+        return torch.where(self._tied, corners, -torch.inf).amax(-1)
 
     def project(self, v: Tensor) -> Tensor:
-        return self.signs * onto_simplex(v * self.signs, self.signs != 0)
+        weights = onto_simplex(v * self.signs, self._tied)
+        return self.signs * weights
+
+    @property
+    def _tied(self) -> Bool[Tensor, "*batch P"]:
+        return self.signs != 0
 
 
 @dataclass(frozen=True)
@@ -128,24 +137,29 @@ class Contraction(Face):
     v: Tensor
 
     def element(self) -> Tensor:
-        return (self.u @ self.v.mT).flatten(-2)
+        polar = self.u @ self.v.mT
+        return polar.flatten(-2)
 
     def support(self, c: Tensor) -> Tensor:
-        _, s, _ = svd(self._free(c))
+        s = singular_values(self._free(c))
         return dot(c, self.element()) + s.sum(-1)
 
     def project(self, v: Tensor) -> Tensor:
         left, s, right = svd(self._free(v))
-        clipped = (left * s.clamp(max=1.0)[..., None, :]) @ right.mT
+        clipped = from_svd(left, s.clamp(max=1.0), right)
         # again free, as rounding tilts the singular vectors of values far below the largest
-        return self.element() + self._free(clipped.flatten(-2)).flatten(-2)
+        free = self._free(clipped)
+        return self.element() + free.flatten(-2)
 
-    def _free(self, v: Tensor) -> Float[Tensor, "*batch m n"]:
+    def _free(self, v: Tensor) -> Matrices:
         """P W Q, projected twice: once leaves a rounding error of the size of W (Parlett 1980)."""
-        w = v.unflatten(-1, (self.u.shape[-2], self.v.shape[-2]))
+        m = self.u.shape[-2]
+        w = v.unflatten(-1, (m, -1))
         for _ in range(2):
-            w = w - self.u @ (self.u.mT @ w)
-            w = w - (w @ self.v) @ self.v.mT
+            in_u = self.u @ (self.u.mT @ w)
+            w = w - in_u
+            in_v = (w @ self.v) @ self.v.mT
+            w = w - in_v
         return w
 
 
@@ -159,7 +173,8 @@ class Spectraplex(Face):
     top: Tensor
 
     def element(self) -> Tensor:
-        weights = self.top.to(self.u) / self.top.sum(-1, keepdim=True)
+        top = self.top.to(self.u)
+        weights = top / top.sum(-1, keepdim=True)
         return from_svd(self.u, weights, self.v)
 
     def support(self, c: Tensor) -> Tensor:
@@ -168,17 +183,22 @@ class Spectraplex(Face):
 
     def project(self, v: Tensor) -> Tensor:
         values, basis = eigh(self._core(v))
-        return from_svd(self.u @ basis, onto_simplex(values), self.v @ basis)
+        weights = onto_simplex(values)
+        return from_svd(self.u @ basis, weights, self.v @ basis)
 
-    def _core(self, v: Tensor) -> Float[Tensor, "*batch k k"]:
+    def _core(self, v: Tensor) -> Matrices:
         """The symmetric part of U^T W V on the top; elsewhere an eigenvalue too low to be
         chosen."""
-        w = self.u.mT @ v.unflatten(-1, (self.u.shape[-2], self.v.shape[-2])) @ self.v
+        m = self.u.shape[-2]
+        w = v.unflatten(-1, (m, -1))
+        core = self.u.mT @ w @ self.v
+        symmetric = (core + core.mT) / 2
         tied = self.top[..., :, None] & self.top[..., None, :]
-        w = torch.where(tied, (w + w.mT) / 2, 0.0)
-        # tied eigenvalues are at least -|w|, and `onto_simplex` ignores what is 1 below the largest
-        low = torch.where(self.top, 0.0, -2 - 2 * lengths(w.flatten(-2))[..., None])
-        return w + torch.diag_embed(low)
+        core = torch.where(tied, symmetric, 0.0)
+        # tied eigenvalues are at least -|core|; `onto_simplex` ignores what is 1 below the largest
+        low = -2 - 2 * lengths(core.flatten(-2))
+        diagonal = torch.where(self.top, 0.0, low[..., None])
+        return core + torch.diag_embed(diagonal)
 
 
 class UnitBall(Protocol):
@@ -215,17 +235,21 @@ class RowByRow(Face):
     no: Face
 
     def element(self) -> Tensor:
-        return torch.where(self.mask[..., None], self.yes.element(), self.no.element())
+        yes = self.yes.element()
+        no = self.no.element()
+        return torch.where(self.mask[..., None], yes, no)
 
     def support(self, c: Tensor) -> Tensor:
-        return torch.where(self.mask, self.yes.support(c), self.no.support(c))
+        yes = self.yes.support(c)
+        no = self.no.support(c)
+        return torch.where(self.mask, yes, no)
 
     def project(self, v: Tensor) -> Tensor:
         mask = self.mask[..., None]
         # the side that will be thrown away gets a zero, which costs its root finding nothing
-        yes = torch.where(mask, v, 0.0)
-        no = torch.where(mask, 0.0, v)
-        return torch.where(mask, self.yes.project(yes), self.no.project(no))
+        yes = self.yes.project(torch.where(mask, v, 0.0))
+        no = self.no.project(torch.where(mask, 0.0, v))
+        return torch.where(mask, yes, no)
 
 
 @dataclass(frozen=True)
@@ -242,126 +266,12 @@ class Scaled(Face):
         return self.scale * self.face.support(c)
 
     def project(self, v: Tensor) -> Tensor:
-        divisor = torch.where(self.scale > 0, self.scale, 1.0)[..., None]
-        return self.scale[..., None] * self.face.project(v / divisor)
+        divisor = nonzero(self.scale)[..., None]
+        nearest = self.face.project(v / divisor)
+        return self.scale[..., None] * nearest
 
 
-@dataclass(frozen=True)
-class _OfBlocks(Face):
-    """Faces of the blocks, which follow each other in the flat vector."""
-
-    slices: tuple[slice, ...]
-    faces: tuple[Face, ...]
-
-    def _pairs(self, v: Tensor) -> Iterator[tuple[Face, Tensor]]:
-        """Each block's face and part of v."""
-        return zip(self.faces, [v[..., part] for part in self.slices], strict=True)
-
-
-@dataclass(frozen=True)
-class Product(_OfBlocks):
-    """Each block in its own face."""
-
-    def element(self) -> Tensor:
-        return torch.cat([face.element() for face in self.faces], -1)
-
-    def support(self, c: Tensor) -> Tensor:
-        return sum((face.support(part) for face, part in self._pairs(c)), start=c.new_zeros(()))
-
-    def project(self, v: Tensor) -> Tensor:
-        return torch.cat([face.project(part) for face, part in self._pairs(v)], -1)
-
-
-@dataclass(frozen=True)
-class Mixture(_OfBlocks):
-    """Block l in ``r_l * faces[l]``, r in the simplex of the blocks in ``tied (*batch, L)``."""
-
-    tied: Tensor
-
-    def element(self) -> Tensor:
-        zeros = [torch.zeros_like(face.element()) for face in self.faces]
-        return self.project(torch.cat(zeros, -1))
-
-    def support(self, c: Tensor) -> Tensor:
-        supports = torch.stack([face.support(part) for face, part in self._pairs(c)], -1)
-        return torch.where(self.tied, supports, -torch.inf).amax(-1)
-
-    def project(self, v: Tensor) -> Tensor:
-        return onto_mixture(list(self._pairs(v)), self.tied, power=1)
-
-
-def onto_mixture(
-    blocks: list[tuple[Face, Tensor]], tied: Bool[Tensor, "*batch L"], *, power: int
-) -> Float[Tensor, "*batch P"]:
-    """The x nearest to the blocks v_l with ``x_l`` in ``r_l F_l``, ``r >= 0``, ``sum_l r_l^power =
-    1``; only ``tied`` blocks have r_l > 0.
-
-    With x_l(r) the projection of v_l onto r F_l, half the squared distance is convex in r with
-    derivative -slope_l(r).  Optimal radii share a multiplier mu: slope_l(r_l) = mu r_l^(power - 1),
-    or r_l = 0.  So a root for each radius sits inside a root for mu.  Where the faces are unit
-    balls, v must lie outside the mixture."""
-    kept = [
-        _Ray(face, torch.where(tied[..., l, None], v, 0.0)) for l, (face, v) in enumerate(blocks)
-    ]
-    few = kept[0].few
-    zero = torch.zeros_like(lengths(kept[0].v) * tied[..., 0])
-
-    def radii(mu: Tensor) -> Float[Tensor, "*batch L"]:
-        return torch.where(tied, torch.stack([ray.radius(mu, power) for ray in kept], -1), 0.0)
-
-    def excess(mu: Tensor) -> Tensor:
-        return (radii(mu) ** power).sum(-1) - 1
-
-    at_zero = torch.stack([ray.slope(zero) for ray in kept], -1)
-    low = zero
-    high = lengths(at_zero)
-    if power == 1:
-        # at the largest slope(1) one block alone uses up sum r = 1, at the largest slope(0) every r
-        # is 0
-        at_one = torch.stack([ray.slope(zero + 1) for ray in kept], -1)
-        low, high = (torch.where(tied, end, -torch.inf).amax(-1) for end in (at_one, at_zero))
-    r = radii(find_zero(excess, low, high, xtol=few / 64, ftol=few))
-    r = r / (r**power).sum(-1, keepdim=True) ** (1 / power)
-    return torch.cat([ray.nearest(r[..., l]) for l, ray in enumerate(kept)], -1)
-
-
-@dataclass(frozen=True)
-class _Ray:
-    """The multiples r F of a face, and a point v to approach."""
-
-    face: Face
-    v: Tensor
-
-    @property
-    def few(self) -> float:
-        return 4 * torch.finfo(self.v.dtype).eps
-
-    def nearest(self, r: Tensor) -> Tensor:
-        """x(r), the projection of v onto r F."""
-        return Scaled(r, self.face).project(self.v)
-
-    def slope(self, r: Tensor) -> Tensor:
-        """<v - x(r), x(r)> / r: how fast half the squared distance falls with r."""
-        x = self.nearest(r)
-        inside = dot(self.v - x, x) / torch.where(r > 0, r, 1.0)
-        return torch.where(r > 0, inside, self.face.support(self.v))
-
-    def radius(self, mu: Tensor, power: int) -> Tensor:
-        """The r in [0, 1] with slope(r) = mu r^(power - 1), or the nearer end."""
-        noise = self.few * lengths(self.v) * lengths(self.face.project(self.v))
-        zero = torch.zeros_like(mu)
-        return find_zero(
-            lambda r: self.slope(r) - mu * r ** (power - 1),
-            zero,
-            zero + 1,
-            xtol=self.few,
-            ftol=noise,
-        )
-
-
-def onto_simplex(
-    u: Float[Tensor, "*batch k"], allowed: Tensor | None = None
-) -> Float[Tensor, "*batch k"]:
+def onto_simplex(u: Vectors, allowed: Tensor | None = None) -> Vectors:
     """The point of the unit simplex nearest to ``u``, zero off ``allowed`` (Held, Wolfe and Crowder
     1974).
 
@@ -372,10 +282,13 @@ def onto_simplex(
         u = torch.where(allowed, u, -torch.inf)
     # entries 1 or more below the largest end at zero anyway; the others lie in [-1, 0], free of
     # cancellation
-    u = (u - u.amax(-1, keepdim=True)).clamp(min=-2.0)
+    largest = u.amax(-1, keepdim=True)
+    u = (u - largest).clamp(min=-2.0)
     ordered = u.sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
-    count = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=u.dtype)
-    kept = (ordered * count > excess).sum(-1, keepdim=True).clamp(min=1)
-    x = (u - excess.gather(-1, kept - 1) / kept).clamp(min=0.0)
+    count = torch.ones_like(u).cumsum(-1)
+    positive = ordered * count > excess
+    kept = positive.sum(-1, keepdim=True).clamp(min=1)
+    shift = excess.gather(-1, kept - 1) / kept
+    x = (u - shift).clamp(min=0.0)
     return x / x.sum(-1, keepdim=True)

@@ -12,7 +12,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_exponent
@@ -22,6 +21,7 @@ from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, Linf, Lp
 from flowsim.numerics.batched import from_svd, singular_values, svd
 from flowsim.numerics.scaling import nonzero, scaled
+from flowsim.numerics.shapes import Matrices, Vectors
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ class _Singular(Norm):
 
     def value(self, v: Tensor) -> Tensor:
         u, largest = scaled(v)
-        return largest * self.inner.value(singular_values(self.as_matrix(u)))
+        s = singular_values(self.as_matrix(u))
+        return largest * self.inner.value(s)
 
     def dual(self, g: Tensor) -> Tensor:
         u, largest = scaled(g)
-        return largest * self.inner.dual(singular_values(self.as_matrix(u)))
+        s = singular_values(self.as_matrix(u))
+        return largest * self.inner.dual(s)
 
     def steepest(self, g: Tensor) -> Tensor:
         u, s, v = self._svd(g)
@@ -78,10 +80,13 @@ class _Singular(Norm):
 
     def _svd(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u, s, v of g over its largest entry; s within rounding of 0 is 0."""
-        u, s, v = svd(self.as_matrix(scaled(g)[0]))
-        return u, torch.where(s <= _rounding(u, s, v), 0.0, s), v
+        near_one, _ = scaled(g)
+        u, s, v = svd(self.as_matrix(near_one))
+        vanishing = s <= _rounding(u, s, v)
+        s = torch.where(vanishing, 0.0, s)
+        return u, s, v
 
-    def as_matrix(self, v: Tensor) -> Float[Tensor, "*batch m n"]:
+    def as_matrix(self, v: Tensor) -> Matrices:
         """Flat weights as the matrix. Raises ValueError where the norm is not bound to as many."""
         if self.shape is None:
             raise ValueError(
@@ -125,7 +130,8 @@ class Nuclear(_Singular):
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         u, s, v = self._svd(g)
         gap = torch.maximum(_relative(atol, g), _rounding(u, s, v))
-        return Spectraplex(u, v, s >= s.amax(-1, keepdim=True) - gap)
+        largest = s.amax(-1, keepdim=True)
+        return Spectraplex(u, v, s >= largest - gap)
 
 
 @dataclass(frozen=True)
@@ -150,12 +156,15 @@ class Schatten(_Singular):
         return Lp(self.p)
 
 
-def _relative(atol: Tensor, g: Tensor) -> Float[Tensor, "*batch 1"]:
-    """A tolerance for the singular values of g over its largest entry."""
-    return (atol / nonzero(g.abs().amax(-1)))[..., None]
+def _relative(atol: Tensor, g: Tensor) -> Vectors:
+    """A tolerance for the singular values of g over its largest entry, ``(*batch, 1)``."""
+    largest = g.abs().amax(-1)
+    relative = atol / nonzero(largest)
+    return relative[..., None]
 
 
-def _rounding(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch 1"]:
-    """The rounding error of singular values."""
-    units = max(u.shape[-2], v.shape[-2]) * torch.finfo(s.dtype).eps
+def _rounding(u: Tensor, s: Tensor, v: Tensor) -> Vectors:
+    """The rounding error of singular values, ``(*batch, 1)``."""
+    longer = max(u.shape[-2], v.shape[-2])
+    units = longer * torch.finfo(s.dtype).eps
     return units * s.amax(-1, keepdim=True)

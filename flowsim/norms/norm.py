@@ -29,12 +29,12 @@ from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_instance
 from flowsim.layout import Layout
 from flowsim.norms.faces import Face, RowByRow, Single, WholeBall
+from flowsim.numerics.shapes import PerVector, Vectors
 
 
 class Norm(ABC):
@@ -60,7 +60,8 @@ class Norm(ABC):
     @property
     def title(self) -> str:
         """Name in running text: ℓ2, ℓ∞, spectral."""
-        return re.sub(r"\bl(?=\d|inf\b)", "ℓ", self.name).replace("ℓinf", "ℓ∞")
+        title = re.sub(r"\bl(?=\d|inf\b)", "ℓ", self.name)
+        return title.replace("ℓinf", "ℓ∞")
 
     @property
     @abstractmethod
@@ -68,15 +69,15 @@ class Norm(ABC):
         """Whether some ``g != 0`` has several steepest directions."""
 
     @abstractmethod
-    def value(self, v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+    def value(self, v: Vectors) -> PerVector:
         """``||v||``."""
 
     @abstractmethod
-    def dual(self, g: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch"]:
+    def dual(self, g: Vectors) -> PerVector:
         """``max <g, v>`` over ``||v|| <= 1``."""
 
     @abstractmethod
-    def steepest(self, g: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+    def steepest(self, g: Vectors) -> Vectors:
         """One v with ``||v|| = 1`` and ``<g, v> = dual(g)``, deterministic at a tie; zero where g
         is zero."""
 
@@ -88,18 +89,22 @@ class Norm(ABC):
         """The norm with the shapes of ``layout``; itself where it needs none."""
         return self
 
-    def project(self, v: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch P"]:
+    def project(self, v: Vectors) -> Vectors:
         """The point of the unit ball nearest to v in the Euclidean sense; v itself inside, up to
         rounding."""
-        inside = (self.value(v) <= 1 + 16 * torch.finfo(v.dtype).eps)[..., None]
-        return torch.where(inside, v, self._nearest(torch.where(inside, 0.0, v)))
+        rounding = 16 * torch.finfo(v.dtype).eps
+        inside = (self.value(v) <= 1 + rounding)[..., None]
+        outer = torch.where(inside, 0.0, v)
+        return torch.where(inside, v, self._nearest(outer))
 
-    def face(self, g: Float[Tensor, "*batch P"], tol: float = 1e-9) -> Face:
+    def face(self, g: Vectors, tol: float = 1e-9) -> Face:
         """All steepest directions, where differences up to ``tol * dual(g)`` count as ties.
 
         ``tol`` is never taken below 8 units of rounding; singular values also tie within max(m, n)
         units. Where g is zero the face is the whole unit ball."""
-        return self._face(g, max(tol, 8 * torch.finfo(g.dtype).eps) * self.dual(g))
+        rounding = 8 * torch.finfo(g.dtype).eps
+        relative = max(tol, rounding)
+        return self._face(g, relative * self.dual(g))
 
     def _face(self, g: Tensor, atol: Tensor) -> Face:
         """`face` with an absolute tolerance ``(*batch)``, which blocks inherit from the whole
@@ -108,7 +113,8 @@ class Norm(ABC):
         zero = self.dual(g) <= atol
         if not bool(zero.any()):
             return face
-        return RowByRow(zero, WholeBall(self, torch.zeros_like(g)), face)
+        ball = WholeBall(self, torch.zeros_like(g))
+        return RowByRow(zero, ball, face)
 
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         """The face on rows where ``dual(g) > atol``; anything on the others."""

@@ -15,7 +15,7 @@ from flowsim.norms.norm import Norm
 from flowsim.numerics.batched import rows_times
 from flowsim.numerics.roots import find_zero
 from flowsim.numerics.scaling import lengths, nonzero, scaled, unit
-from flowsim.numerics.shapes import Row
+from flowsim.numerics.shapes import PerVector, Row
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class L1(Norm):
 
     def steepest(self, g: Tensor) -> Tensor:
         first = g.abs().argmax(-1, keepdim=True)
-        return torch.zeros_like(g).scatter(-1, first, _sign(g.gather(-1, first)))
+        sign = _sign(g.gather(-1, first))
+        return torch.zeros_like(g).scatter(-1, first, sign)
 
     def _nearest(self, v: Tensor) -> Tensor:
         return v.sign() * onto_simplex(v.abs())
@@ -76,7 +77,9 @@ class Linf(Norm):
     def _ties_at(self, g: Tensor, atol: Tensor) -> Face:
         free = g.abs() <= atol[..., None]
         sign = _sign(g)
-        return Box(torch.where(free, -1.0, sign), torch.where(free, 1.0, sign))
+        low = torch.where(free, -1.0, sign)
+        high = torch.where(free, 1.0, sign)
+        return Box(low, high)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Lp(Norm):
 
     def steepest(self, g: Tensor) -> Tensor:
         u, _ = scaled(g)
-        magnitudes = u.abs() / nonzero(_power_norm(u, self.q))[..., None]
+        length = nonzero(_power_norm(u, self.q))
+        magnitudes = u.abs() / length[..., None]
         return u.sign() * magnitudes ** (self.q - 1)
 
     def _nearest(self, v: Tensor) -> Tensor:
@@ -157,7 +161,8 @@ class Lp(Norm):
         def shrunk(lam: Tensor) -> Tensor:
             return _shrink(v.abs(), lam[..., None], self.p)
 
-        return v.sign() * _onto_sphere(shrunk, self.value, self.dual(v))
+        nearest = _onto_sphere(shrunk, self.value, self.dual(v))
+        return v.sign() * nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +210,8 @@ class Mahalanobis(Norm):
     def steepest(self, g: Tensor) -> Tensor:
         # Euclidean in the coordinates A^(1/2) v
         stretch = self._stretch(g)
-        return self._rotate_back(unit(self._rotate(g) / stretch) / stretch)
+        direction = unit(self._rotate(g) / stretch)
+        return self._rotate_back(direction / stretch)
 
     def _nearest(self, v: Tensor) -> Tensor:
         # x = (I + lam A)^-1 v; the residual lam A x has dual norm lam on the sphere
@@ -215,16 +221,24 @@ class Mahalanobis(Norm):
         def shrunk(lam: Tensor) -> Tensor:
             return u / (1 + lam[..., None] * stretch**2)
 
-        return self._rotate_back(_onto_sphere(shrunk, lambda x: lengths(stretch * x), self.dual(v)))
+        def value(x: Tensor) -> Tensor:
+            return lengths(stretch * x)
+
+        nearest = _onto_sphere(shrunk, value, self.dual(v))
+        return self._rotate_back(nearest)
 
     def _stretch(self, v: Tensor) -> Row:
         return self._eigenvalues.to(v).sqrt()
 
     def _rotate(self, v: Tensor) -> Tensor:
-        return v if self._basis is None else rows_times(v, self._basis.to(v))
+        if self._basis is None:
+            return v
+        return rows_times(v, self._basis.to(v))
 
     def _rotate_back(self, u: Tensor) -> Tensor:
-        return u if self._basis is None else rows_times(u, self._basis.to(u).mT)
+        if self._basis is None:
+            return u
+        return rows_times(u, self._basis.to(u).mT)
 
 
 def _onto_sphere(
@@ -238,7 +252,8 @@ def _onto_sphere(
     def excess(lam: Tensor) -> Tensor:
         return 1 - 1 / value(shrunk(lam))
 
-    return shrunk(find_zero(excess, torch.zeros_like(high), high))
+    lam = find_zero(excess, torch.zeros_like(high), high)
+    return shrunk(lam)
 
 
 def _sign(g: Tensor) -> Tensor:
@@ -246,9 +261,10 @@ def _sign(g: Tensor) -> Tensor:
     return g.sign() + (g - g)
 
 
-def _power_norm(v: Tensor, p: float) -> Float[Tensor, "*batch"]:
+def _power_norm(v: Tensor, p: float) -> PerVector:
     u, largest = scaled(v)
-    return largest * (u.abs() ** p).sum(-1) ** (1 / p)
+    powers = u.abs() ** p
+    return largest * powers.sum(-1) ** (1 / p)
 
 
 def _shrink(a: Tensor, lam: Tensor, p: float) -> Tensor:
@@ -256,32 +272,46 @@ def _shrink(a: Tensor, lam: Tensor, p: float) -> Tensor:
 
     Convex in x for p > 2 and in z = x^(p-1) otherwise, so Newton's method descends from the upper
     bound that either term alone gives, at most a factor 2 above in value."""
-    linear, power, e = (1.0, lam, p - 1) if p > 2 else (lam, torch.ones_like(lam), 1 / (p - 1))
+    if p > 2:
+        x = _newton(a, torch.ones_like(lam), lam, p - 1)
+    else:
+        e = 1 / (p - 1)
+        x = _newton(a, lam, torch.ones_like(lam), e) ** e
+    return torch.where(a == 0, 0.0, x)
+
+
+def _newton(a: Tensor, linear: Tensor, power: Tensor, e: float) -> Tensor:
+    """The z with ``linear z + power z^e = a``."""
     b = power ** (1 / e)
     z = torch.minimum(a / linear, a ** (1 / e) / b)
     for _ in range(8):
         term = (b * z) ** e  # at most a, so nothing overflows
-        z = z * (a + (e - 1) * term) / (linear * z + e * term)
-    return torch.where(a == 0, 0.0, z if p > 2 else z**e)
+        numerator = a + (e - 1) * term
+        slope = linear * z + e * term
+        z = z * numerator / slope
+    return z
 
 
 def _spectrum(matrix: Tensor) -> tuple[Row, Float[Tensor, "P P"] | None]:
     """Eigenvalues and eigenvectors of a positive definite matrix; None for the eigenvectors of a
     diagonal."""
     if matrix.ndim not in (1, 2) or matrix.shape[0] != matrix.shape[-1]:
-        shape = tuple(matrix.shape)
-        raise _refused(f"of shape {shape}", "a diagonal (P,) or a square (P, P)", "torch.ones(P)")
+        got = f"of shape {tuple(matrix.shape)}"
+        raise _refused(got, "a diagonal (P,) or a square (P, P)", "torch.ones(P)")
     if not bool(torch.isfinite(matrix).all()):
         raise _refused("with entries that are not finite", _DEFINITE, "torch.ones(P)")
     if matrix.ndim == 1:
         _require_definite(matrix, least=0.0)
         return matrix, None
     rounding = len(matrix) * torch.finfo(matrix.dtype).eps
+    largest = float(matrix.abs().amax())
     skew = float((matrix - matrix.mT).abs().amax())
-    if skew > 8 * rounding * float(matrix.abs().amax()):
-        raise _refused(f"with asymmetry {skew:.3g}", "a symmetric one", "(matrix + matrix.T) / 2")
+    if skew > 8 * rounding * largest:
+        got = f"with asymmetry {skew:.3g}"
+        raise _refused(got, "a symmetric one", "(matrix + matrix.T) / 2")
     eigenvalues, basis = torch.linalg.eigh(matrix)
-    _require_definite(eigenvalues, least=rounding * float(eigenvalues.amax()))
+    highest = float(eigenvalues.amax())
+    _require_definite(eigenvalues, least=rounding * highest)
     return eigenvalues, basis
 
 

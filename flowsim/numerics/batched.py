@@ -1,36 +1,43 @@
 """Batched products that round alike in any batch, and decompositions that survive rows of NaN."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.numerics.shapes import Matrices, Vectors
 
-def bmm(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
-    """Batched product that adds up in the same order in any batch, so that batch-mates change an
-    entry by little more than memory alignment does.
+
+def bmm(a: Matrices, b: Matrices) -> Matrices:
+    """Batched product of a ``(B, n, k)`` and b ``(B, k, m)`` that adds up in the same order in any
+    batch, so that batch-mates change an entry by little more than memory alignment does.
 
     BLAS gives a single product with one row or column to its matrix-vector routine, which adds up
     in another order than the batched one; so such a product is never sent alone."""
-    if a.shape[0] == 1 and (a.shape[1] == 1 or b.shape[2] == 1):
-        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
+    thin = a.shape[1] == 1 or b.shape[2] == 1
+    if thin and a.shape[0] == 1:
+        a = a.expand(2, -1, -1)
+        b = b.expand(2, -1, -1)
+        return torch.bmm(a, b)[:1]
     return torch.bmm(a, b)
 
 
-def bmm_one_by_one(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tensor, "B n m"]:
+def bmm_one_by_one(a: Matrices, b: Matrices) -> Matrices:
     """`bmm` one trajectory at a time: for an inner dimension so long that threads share it, in
     another way in a batch than alone."""
-    return torch.stack([left @ right for left, right in zip(a, b, strict=True)])
+    pairs = zip(a, b, strict=True)
+    products = [left @ right for left, right in pairs]
+    return torch.stack(products)
 
 
-def rows_times(
-    v: Float[Tensor, "*batch P"], matrix: Float[Tensor, "P Q"]
-) -> Float[Tensor, "*batch Q"]:
+def rows_times(v: Vectors, matrix: Tensor) -> Vectors:
     """v·matrix with every row rounded alike: BLAS adds up a single row in another order than
-    several."""
+    several. v ``(*batch, P)``, matrix ``(P, Q)``."""
     rows = v.reshape(-1, v.shape[-1])
-    several = rows.expand(2, -1) if len(rows) == 1 else rows
+    several = rows
+    if len(rows) == 1:
+        several = rows.expand(2, -1)
     product = several @ matrix
-    return product[: len(rows)].view(*v.shape[:-1], -1)
+    own = product[: len(rows)]
+    return own.view(*v.shape[:-1], -1)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -38,36 +45,43 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def svd(w: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor, Tensor]:
+def svd(w: Matrices) -> tuple[Tensor, Tensor, Tensor]:
     """u ``(*batch, m, k)``, s ``(*batch, k)``, v ``(*batch, n, k)`` with ``w = u diag(s) vᵀ``; NaN
     where w is not finite."""
     clean, bad = _cleaned(w)
     u, s, vt = torch.linalg.svd(clean, full_matrices=False)
-    return u + bad, s + bad[..., 0], vt.mT + bad
+    s = s + bad[..., 0]
+    v = vt.mT + bad
+    return u + bad, s, v
 
 
-def from_svd(u: Tensor, s: Tensor, v: Tensor) -> Float[Tensor, "*batch mn"]:
+def from_svd(u: Tensor, s: Tensor, v: Tensor) -> Vectors:
     """u diag(s) vᵀ, flat."""
-    return ((u * s[..., None, :]) @ v.mT).flatten(-2)
+    stretched = u * s[..., None, :]
+    w = stretched @ v.mT
+    return w.flatten(-2)
 
 
-def singular_values(w: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch k"]:
+def singular_values(w: Matrices) -> Vectors:
     """The singular values, falling; NaN where w is not finite."""
     clean, bad = _cleaned(w)
-    return torch.linalg.svdvals(clean) + bad[..., 0]
+    s = torch.linalg.svdvals(clean)
+    return s + bad[..., 0]
 
 
-def eigh(w: Float[Tensor, "*batch k k"]) -> tuple[Tensor, Tensor]:
+def eigh(w: Matrices) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(*batch, k)``, rising, and eigenvectors of symmetric matrices; values are NaN
     where w is not finite."""
     clean, bad = _cleaned(w)
     values, vectors = torch.linalg.eigh(clean)
-    return values + bad[..., 0], vectors
+    values = values + bad[..., 0]
+    return values, vectors
 
 
-def _cleaned(w: Tensor) -> tuple[Tensor, Tensor]:
+def _cleaned(w: Matrices) -> tuple[Tensor, Tensor]:
     """The matrices with zeros for those that are not finite, and NaN there, 0 elsewhere, ``(*batch,
     1, 1)``: LAPACK refuses a whole batch for one such row."""
-    fine = torch.isfinite(w).all(-1, keepdim=True).all(-2, keepdim=True)
-    bad = torch.where(fine, 0.0, torch.nan).to(w)
-    return torch.where(fine, w, 0.0), bad
+    finite = torch.isfinite(w).all((-2, -1), keepdim=True)
+    clean = torch.where(finite, w, 0.0)
+    bad = torch.where(finite, 0.0, torch.nan)
+    return clean, bad.to(w)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowsim.numerics.shapes import PerTrajectory
 
-_PerRow = PerTrajectory
+_Nodes = Float[Tensor, " nodes"]
 
 
 def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:
@@ -17,7 +17,8 @@ def log_mean_exp(a: Tensor, b: Tensor) -> Tensor:
     gap = (a - b).abs()
     small = gap < 1e-6
     safe = torch.where(small, 1.0, gap)
-    below = torch.where(small, -gap / 2, torch.log(-torch.expm1(-safe) / safe))
+    exact = torch.log(-torch.expm1(-safe) / safe)
+    below = torch.where(small, -gap / 2, exact)
     return torch.maximum(a, b) + below
 
 
@@ -26,34 +27,56 @@ def hermite(u: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
     gap = b - a
     square = 3 * gap - 2 * da - db
     cube = da + db - 2 * gap
-    return a + u * (da + u * (square + u * cube))
+    slope = da + u * (square + u * cube)
+    return a + u * slope
 
 
 def log_elapsed(
-    rate0: _PerRow, rate1: _PerRow, slope0: _PerRow, slope1: _PerRow, u: _PerRow | None = None
-) -> _PerRow:
+    rate0: PerTrajectory,
+    rate1: PerTrajectory,
+    slope0: PerTrajectory,
+    slope1: PerTrajectory,
+    u: PerTrajectory | None = None,
+) -> PerTrajectory:
     """log ∫₀ᵘ e^{r(v)} dv, u = 1 by default: the logarithm of the time spent in a step up to u.
 
     r, the log of a rate, is the cubic with values ``rate`` and derivatives ``slope`` at 0 and 1.
     Good to 1e-6 where r rises by up to 10⁶ within the step."""
-    u = torch.ones_like(rate0) if u is None else u
+    if u is None:
+        u = torch.ones_like(rate0)
     v = u[:, None] * _NODES.to(u)  # (B, nodes)
-    r = hermite(v, *(end[:, None] for end in (rate0, rate1, slope0, slope1)))
-    return torch.log(u) + torch.logsumexp(r + _LOG_WEIGHTS.to(u), -1)
+    ends = torch.stack([rate0, rate1, slope0, slope1])
+    r = hermite(v, *ends[..., None])
+    mean = torch.logsumexp(r + _LOG_WEIGHTS.to(u), -1)
+    return torch.log(u) + mean
 
 
-def _panels() -> tuple[Float[Tensor, " nodes"], Float[Tensor, " nodes"]]:
+def _gauss_legendre() -> tuple[_Nodes, _Nodes]:
+    """Five nodes on [-1, 1] and their weights (Abramowitz and Stegun, 25.4.30)."""
+    spread = 2 * math.sqrt(10 / 7)
+    near = math.sqrt(5 - spread) / 3
+    far = math.sqrt(5 + spread) / 3
+    tilt = 13 * math.sqrt(70)
+    light = (322 - tilt) / 900
+    heavy = (322 + tilt) / 900
+    nodes = [-far, -near, 0.0, near, far]
+    weights = [light, heavy, 128 / 225, heavy, light]
+    double = torch.float64
+    return torch.tensor(nodes, dtype=double), torch.tensor(weights, dtype=double)
+
+
+def _panels() -> tuple[_Nodes, _Nodes]:
     """Nodes and log weights on [0, 1]: panels that shrink towards both ends, where a large exponent
-    has its mass, with five Gauss-Legendre nodes in each (Abramowitz and Stegun, 25.4.30)."""
-    near, far = (math.sqrt(5 + sign * 2 * math.sqrt(10 / 7)) / 3 for sign in (-1, 1))
-    light, heavy = ((322 + sign * 13 * math.sqrt(70)) / 900 for sign in (-1, 1))
-    nodes = torch.tensor([-far, -near, 0.0, near, far], dtype=torch.float64)
-    weights = torch.tensor([light, heavy, 128 / 225, heavy, light], dtype=torch.float64)
-    half = torch.tensor([0.0, *(2.0**-k for k in range(24, 0, -1))], dtype=torch.float64)
-    edges = torch.cat([half, 1 - half.flip(0)[1:]])
+    has its mass, with five Gauss-Legendre nodes in each."""
+    nodes, weights = _gauss_legendre()
+    powers = [2.0**-k for k in range(24, 0, -1)]
+    left = torch.tensor([0.0, *powers], dtype=torch.float64)
+    right = 1 - left.flip(0)[1:]
+    edges = torch.cat([left, right])
     widths = edges.diff()[:, None]
     at = edges[:-1, None] + widths * (1 + nodes) / 2
-    return at.flatten(), torch.log(widths * weights / 2).flatten()
+    log_weights = torch.log(widths * weights / 2)
+    return at.flatten(), log_weights.flatten()
 
 
 _NODES, _LOG_WEIGHTS = _panels()

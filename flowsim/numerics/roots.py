@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from flowsim.numerics.shapes import PerVector
 
 _MOST = 150  # steps; bisection alone takes about 60
 
@@ -17,7 +18,7 @@ def find_zero(
     *,
     xtol: float = 0.0,
     ftol: Tensor | float = 0.0,
-) -> Float[Tensor, "*batch"]:
+) -> PerVector:
     """The zero of a decreasing ``f`` from ``low`` to ``high``, elementwise; the nearer end if there
     is none.
 
@@ -40,10 +41,12 @@ def find_zero(
         bracket = bracket.with_point(x, f(x))
         best = torch.where(done, best, bracket.best)
         least = (2 * eps * best.abs() + atol) / bracket.width
-        done = done | ~(least < 0.5) | (bracket.f1.abs() <= ftol)
+        narrow = ~(least < 0.5)
+        done = done | narrow | (bracket.f1.abs() <= ftol)
         if bool(done.all()):
             break
-        t = bracket.guess().maximum(least).minimum(1 - least)
+        t = bracket.guess()
+        t = t.maximum(least).minimum(1 - least)
     return best
 
 
@@ -95,7 +98,9 @@ class _Bracket:
         f3 = self.f3
         xi = (x1 - x2) / (x3 - x2)
         phi = (f1 - f2) / (f3 - f2)
-        smooth = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi)
+        rising = phi**2 < xi
+        falling = (1 - phi) ** 2 < 1 - xi
         from_x2 = f1 / (f2 - f1) * f3 / (f2 - f3)
-        from_x3 = (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (f3 - f2)
-        return torch.where(smooth, from_x2 + from_x3, 0.5)
+        ratio = (x3 - x1) / (x2 - x1)
+        from_x3 = ratio * f1 / (f3 - f1) * f2 / (f3 - f2)
+        return torch.where(rising & falling, from_x2 + from_x3, 0.5)

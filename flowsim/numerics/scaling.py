@@ -3,11 +3,12 @@
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.numerics.shapes import PerVector, Vectors
 
-def lengths(v: Tensor) -> Float[Tensor, "*batch"]:
+
+def lengths(v: Tensor) -> PerVector:
     """The Euclidean norm.
 
     >>> lengths(torch.tensor([[3.0, 4.0], [3e-30, 4e-30]]))
@@ -17,10 +18,11 @@ def lengths(v: Tensor) -> Float[Tensor, "*batch"]:
     if bool(_sound(plain).all()):
         return plain
     u, exponent = _near_one(v)
-    return torch.ldexp(torch.linalg.vector_norm(u, dim=-1), exponent)
+    length = torch.linalg.vector_norm(u, dim=-1)
+    return torch.ldexp(length, exponent)
 
 
-def unit(v: Tensor) -> Float[Tensor, "*batch P"]:
+def unit(v: Tensor) -> Vectors:
     """``v`` over its Euclidean norm; zero rows stay zero."""
     plain = torch.linalg.vector_norm(v, dim=-1)
     if not bool(_sound(plain).all()):
@@ -32,7 +34,8 @@ def unit(v: Tensor) -> Float[Tensor, "*batch P"]:
 def scaled(v: Tensor) -> tuple[Tensor, Tensor]:
     """``v`` divided by its largest entry, and that entry ``(*batch)``; zero rows stay zero."""
     largest = v.abs().amax(-1)
-    return v / nonzero(largest)[..., None], largest
+    u = v / nonzero(largest)[..., None]
+    return u, largest
 
 
 def nonzero(a: Tensor) -> Tensor:
@@ -50,6 +53,8 @@ def _near_one(v: Tensor) -> tuple[Tensor, Tensor]:
     """v over a power of two, which changes no digit, with entries up to 1; and the power, for
     `ldexp`."""
     limit = math.log2(torch.finfo(v.dtype).max) - 1
-    exponent = torch.frexp(v.abs().amax(-1)).exponent.clamp(-limit, limit)
+    largest = v.abs().amax(-1)
+    exponent = torch.frexp(largest).exponent.clamp(-limit, limit)
     exponent = exponent.to(v)  # of an integer, `ldexp` takes the power in single precision
-    return torch.ldexp(v, -exponent[..., None]), exponent
+    u = torch.ldexp(v, -exponent[..., None])
+    return u, exponent

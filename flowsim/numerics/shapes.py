@@ -5,6 +5,15 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
+PerVector: TypeAlias = Float[Tensor, "*batch"]
+"""One number for each row of a batch of any form."""
+
+Vectors: TypeAlias = Float[Tensor, "*batch P"]
+"""Flat vectors of a batch of any form."""
+
+Matrices: TypeAlias = Float[Tensor, "*batch m n"]
+"""Matrices of a batch of any form."""
+
 Row: TypeAlias = Float[Tensor, " P"]
 """Flat weights of one trajectory, or what lies in their place, such as a gradient."""
 

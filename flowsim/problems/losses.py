@@ -5,15 +5,28 @@ A loss is a *reading* of the net's outputs as numbers q, and a scalar *tail* ℓ
 **sum** over examples, 𝓛 = Σ ℓ(q). Rules never see 𝓛 but Λ = log(1/𝓛) and ∇Λ = −∇𝓛/𝓛."""
 
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.numerics.batched import bmm_one_by_one
+from flowsim.numerics.scaling import nonzero
 from flowsim.numerics.shapes import Outputs, PerTrajectory
 from flowsim.problems.readings import Pairwise, Reading, Residual, Signed, SoftPairwise
 from flowsim.problems.tails import EXPONENTIAL, HALF_SQUARE, LOGISTIC, Elementwise, Tail
+
+_Blocks: TypeAlias = Float[Tensor, "B N C C"]
+
+
+class _Slopes(NamedTuple):
+    """The numbers q, Λ, |ℓ'(q)|/𝓛, and the cotangent ∂Λ/∂f."""
+
+    q: Float[Tensor, "B M"]
+    lam: PerTrajectory
+    slope: Float[Tensor, "B M"]
+    cotangent: Outputs
 
 
 @dataclass(frozen=True)
@@ -28,12 +41,16 @@ class Loss:
     def lam(self, f: Outputs, y: Tensor) -> PerTrajectory:
         """Λ = log(1/𝓛)."""
         q, _ = self.reading.read(f, y)
-        return -torch.logsumexp(self.tail.log_value(q), -1)
+        return self._lam_of(q)
+
+    def _lam_of(self, q: Tensor) -> PerTrajectory:
+        log_values = self.tail.log_value(q)
+        return -torch.logsumexp(log_values, -1)
 
     def ascent(self, f: Outputs, y: Tensor) -> tuple[PerTrajectory, Outputs]:
         """Λ and its cotangent ∂Λ/∂f = −(∂𝓛/∂f)/𝓛, which never underflows as a whole."""
-        _, lam, _, cotangent = self._slopes(f, y)
-        return lam, cotangent
+        slopes = self._slopes(f, y)
+        return slopes.lam, slopes.cotangent
 
     def curvature(self, f: Outputs, y: Tensor) -> Float[Tensor, "B NC NC"]:
         """F with ``F Fᵀ = (∂²𝓛/∂f²)/𝓛 − a (∂Λ/∂f)(∂Λ/∂f)ᵀ``, the largest a that leaves it positive
@@ -43,24 +60,28 @@ class Loss:
         the softmax weights. Steepest directions v of one gradient h share ⟨h, v⟩, so that a
         multiple of hhᵀ never changes which of them is best; taking out all of it removes the
         stiffness of the common rise."""
-        factor, v = self._factors(f, y)
+        root, v = self._factors(f, y)
         identity = torch.eye(v.shape[1], dtype=f.dtype, device=f.device)
-        keep = identity - v[:, :, None] * v[:, None, :]
-        return (factor @ keep.view(*f.shape, -1)).flatten(1, 2)
+        outer = v[:, :, None] * v[:, None, :]
+        kept = (identity - outer).view(*f.shape, -1)
+        factor = root @ kept  # (B, N, C, NC)
+        return factor.flatten(1, 2)
 
     def curved(
         self, f: Outputs, y: Tensor, jacobian: Float[Tensor, "B N C P"]
     ) -> Float[Tensor, "B NC P"]:
         """FᵀJ with the F of `curvature`, without forming it."""
-        factor, v = self._factors(f, y)
-        rows = (factor @ jacobian).flatten(1, 2)
-        return rows - v[:, :, None] * bmm_one_by_one(v[:, None], rows)
+        root, v = self._factors(f, y)
+        rows = (root @ jacobian).flatten(1, 2)
+        along = bmm_one_by_one(v[:, None], rows)
+        return rows - v[:, :, None] * along
 
     def weights(self, f: Outputs, y: Tensor) -> Float[Tensor, "B M"]:
         """p = |ℓ'(q)| / Σ|ℓ'(q)|: how much each q steers the descent; the softmax weights for
         exponential loss."""
         q, _ = self.reading.read(f, y)
-        return torch.softmax(self.tail.log_slope(q), -1)
+        log_slopes = self.tail.log_slope(q)
+        return torch.softmax(log_slopes, -1)
 
     def soft_minimum(self, lam: PerTrajectory) -> PerTrajectory:
         """ℓ⁻¹(𝓛), a lower bound on the smallest q; Λ itself for exponential loss."""
@@ -71,44 +92,51 @@ class Loss:
             )
         return self.tail.inverse(lam)
 
-    def _slopes(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, Λ, |ℓ'(q)|/𝓛, and the cotangent ∂Λ/∂f."""
+    def _slopes(self, f: Tensor, y: Tensor) -> _Slopes:
         q, back = self.reading.read(f, y)
-        lam = -torch.logsumexp(self.tail.log_value(q), -1)
-        slope = torch.exp(self.tail.log_slope(q) + lam[:, None])
-        signed = slope if self.tail.decreasing else -torch.sign(q) * slope
-        return q, lam, slope, back(signed)
+        lam = self._lam_of(q)
+        log_slope = self.tail.log_slope(q) + lam[:, None]
+        slope = torch.exp(log_slope)
+        signed = slope
+        if not self.tail.decreasing:
+            signed = -torch.sign(q) * slope
+        return _Slopes(q, lam, slope, back(signed))
 
-    def _factors(
-        self, f: Tensor, y: Tensor
-    ) -> tuple[Float[Tensor, "B N C C"], Float[Tensor, "B NC"]]:
+    def _factors(self, f: Tensor, y: Tensor) -> tuple[_Blocks, Float[Tensor, "B NC"]]:
         """R, the square root of the examples' blocks of (∂²𝓛/∂f²)/𝓛, and the unit vector v of
         F = R (I − vvᵀ), which takes out the multiple of the gradient's outer product."""
         q, lam, slope, cotangent = self._slopes(f, y)
         if self.tail.decreasing:
-            second = slope * self.tail.fall(q).clamp_min(0)  # ℓ''(q)/𝓛, not below 0
+            fall = self.tail.fall(q)
+            second = slope * fall.clamp_min(0)  # ℓ''(q)/𝓛, not below 0
         else:
             second = torch.exp(lam)[:, None].expand_as(q)  # half squares
-        factor, inverse = _square_roots(self.reading.hessian(f, y, slope, second))
-        v = (inverse @ cotangent[..., None]).flatten(1)
+        hessian = self.reading.hessian(f, y, slope, second)
+        root, inverse = _square_roots(hessian)
+        v = inverse @ cotangent[..., None]
+        v = v.flatten(1)
         norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-        return factor, v / torch.where(norm == 0, 1.0, norm)
+        return root, v / nonzero(norm)
 
 
-def _square_roots(
-    blocks: Float[Tensor, "B N C C"],
-) -> tuple[Float[Tensor, "B N C C"], Float[Tensor, "B N C C"]]:
+def _square_roots(blocks: _Blocks) -> tuple[_Blocks, _Blocks]:
     """Symmetric square roots of positive semidefinite blocks, and their pseudo-inverses."""
-    if blocks.shape[-1] == 1:
+    C = blocks.shape[-1]
+    if C == 1:
         roots = blocks.clamp_min(0).sqrt()
-        return roots, torch.where(roots > 0, 1 / roots, 0.0)
+        return roots, _inverted(roots)
     values, basis = torch.linalg.eigh(blocks)
-    rounding = blocks.shape[-1] * torch.finfo(blocks.dtype).eps * values[..., -1:]
-    roots = torch.where(values > rounding, values, 0.0).sqrt()
-    inverse = torch.where(roots > 0, 1 / roots, 0.0)
+    units = C * torch.finfo(blocks.dtype).eps
+    positive = values > units * values[..., -1:]
+    roots = torch.where(positive, values, 0.0).sqrt()
+    inverses = _inverted(roots)
     whole = (basis * roots[..., None, :]) @ basis.mT
-    pseudo_inverse = (basis * inverse[..., None, :]) @ basis.mT
+    pseudo_inverse = (basis * inverses[..., None, :]) @ basis.mT
     return whole, pseudo_inverse
+
+
+def _inverted(roots: Tensor) -> Tensor:
+    return torch.where(roots > 0, 1 / roots, 0.0)
 
 
 exponential = Loss("exponential", Signed(), EXPONENTIAL)
@@ -144,19 +172,30 @@ def exponential_tail(
     u = torch.linspace(-5, 30, 3501, dtype=torch.float64)
     value = phi(u)
     rate = slope(u)
-    if not (rate > 0).all():
+    least = float(rate.min())
+    if not least > 0:
         at = float(u[rate.argmin()])
-        raise ValueError(f"{name}: Φ' is {float(rate.min()):g} at u = {at:g}, expected Φ' > 0")
+        raise ValueError(f"{name}: Φ' is {least:g} at u = {at:g}, expected Φ' > 0")
     growth = (rate * u)[u >= 0]
-    if (growth.diff() < -1e-9 * growth.abs().max()).any():
+    rounding = 1e-9 * growth.abs().max()
+    if (growth.diff() < -rounding).any():
         raise ValueError(
             f"{name}: Φ'(u)·u decreases somewhere on u ≥ 0, expected it to be non-decreasing"
         )
-    differences = (value[2:] - value[:-2]) / (u[2:] - u[:-2])
+    rise = value[2:] - value[:-2]
+    differences = rise / (u[2:] - u[:-2])
     if not torch.allclose(differences, rate[1:-1], rtol=1e-2, atol=1e-3):
         raise ValueError(f"{name}: `slope` is not the derivative of `phi`")
-    right = u > 0
-    if inverse and not torch.allclose(inverse(value[right]), u[right], rtol=1e-6, atol=1e-8):
-        raise ValueError(f"{name}: `inverse` is not the inverse of `phi`")
-    tail = Tail(name, lambda q: -phi(q), lambda q: torch.log(slope(q)) - phi(q), inverse)
+    if inverse:
+        back = inverse(value[u > 0])
+        if not torch.allclose(back, u[u > 0], rtol=1e-6, atol=1e-8):
+            raise ValueError(f"{name}: `inverse` is not the inverse of `phi`")
+
+    def log_value(q: Tensor) -> Tensor:
+        return -phi(q)
+
+    def log_slope(q: Tensor) -> Tensor:
+        return torch.log(slope(q)) - phi(q)
+
+    tail = Tail(name, log_value, log_slope, inverse)
     return Loss(name, Signed(), tail)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from flowsim.layout import lay_out
-from flowsim.norms.blocks import Euclidean, Max, Sum
+from flowsim.norms.blocks import Euclidean
 from flowsim.norms.faces import onto_simplex
 from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.vector import L1, L2, Linf, Lp
+from tests.oracles.least_points import assert_minimiser, curvature
 from tests.oracles.norm_cases import (
     BLOCKS,
     CASES,
@@ -20,7 +21,6 @@ from tests.oracles.norm_cases import (
     assert_close,
     dot,
     slack,
-    spd,
     uniform,
 )
 from tests.oracles.projected_gradient import minimise
@@ -45,11 +45,6 @@ def points(typed) -> Tensor:
     x = torch.cat([face.project(3 * v), face.project(300 * v[:2])])
     mean = (x + x.roll(1, 0)) / 2
     return torch.cat([x, mean, typed.norm.steepest(typed.g)[None], face.element()[None]])
-
-
-def curvature(size: int) -> Tensor:
-    """A quadratic form of small condition number."""
-    return spd(size) + torch.eye(size, dtype=torch.float64)
 
 
 class TestFace:
@@ -128,40 +123,6 @@ class TestTolerance:
             assert Nuclear().bind(shape).face(g, tol).top.sum() == tied
             assert Spectral().bind(shape).face(g, tol).u.square().sum().round() == rank
 
-    def test_blocks_of_max_inherit_it_from_the_whole_gradient(self):
-        shapes = lay_out({"a": (2,), "b": (2,)})
-        g = torch.tensor([3.0, 1.0, 1e-12, 0.0], dtype=torch.float64)
-        c = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-        for tol, free in ((1e-9, 1.0), (1e-13, 0.0)):
-            assert Max(L2()).bind(shapes).face(g, tol).support(c) == free
-
-    def test_blocks_of_sum_tie_when_their_scaled_duals_do(self):
-        shapes, g = lay_out({"a": (2,), "b": (2,)}), torch.tensor([2.0, 0.0, 4.0, 0.0])
-        assert Sum(L2(), {"a": 2.0}).bind(shapes).face(g).tied.tolist() == [True, True]
-        assert Sum(L2()).bind(shapes).face(g).tied.tolist() == [False, True]
-
-
-def quadratic(hessian: Tensor, v: cp.Expression) -> cp.Expression:
-    factor = np.linalg.cholesky(hessian.numpy()).T
-    return cp.sum_squares(factor @ v) / 2
-
-
-def solved(v: cp.Expression, hessian: Tensor, constraints: list) -> Tensor:
-    accuracy = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
-    cp.Problem(cp.Minimize(quadratic(hessian, v)), constraints).solve(
-        solver=cp.CLARABEL, **accuracy
-    )
-    return torch.from_numpy(np.asarray(v.value, dtype=np.float64).ravel())
-
-
-def assert_minimiser(norm, g: Tensor, v: cp.Expression, constraints: list) -> None:
-    """As good as the solver's point, and the same point, as H is positive definite."""
-    hessian = curvature(g.shape[-1])
-    got = minimise(norm.face(g), lambda v: v @ hessian, g.shape[-1])
-    expected = solved(v, hessian, constraints)
-    assert dot(got @ hessian, got) <= dot(expected @ hessian, expected) * (1 + 1e-9)
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
-
 
 class TestLeastPointsAgainstConvexSolvers:
     """The sets are stated anew from theory, not from the faces' own formulas: v in the ball with
@@ -201,40 +162,6 @@ class TestLeastPointsAgainstConvexSolvers:
         v = cp.reshape(u[:, :ties] @ density @ vt[:ties], (m * n,), order="C")
         g = torch.from_numpy((u * s) @ vt).flatten()
         assert_minimiser(Nuclear().bind(lay_out({"W": shape})), g, v, [cp.trace(density) == 1])
-
-    def test_product_and_hull_of_blocks(self):
-        """Box times simplex, each scaled; and their mixtures."""
-        g, scales = (
-            torch.tensor([2.0, 0.0, 0.0, 4.0, -4.0, 1.0], dtype=torch.float64),
-            {"a": 3.0, "b": 0.5},
-        )
-        shapes, parts = lay_out({"a": (3,), "b": (3,)}), {"a": Linf(), "b": L1()}
-        v = cp.Variable(6)
-        a, b = cp.norm_inf(v[:3]) / 3, cp.norm1(v[3:]) / 0.5
-        assert_minimiser(
-            Max(parts, scales).bind(shapes), g, v, [a <= 1, b <= 1, g.numpy() @ v == 8]
-        )
-        g = g * torch.tensor([1, 1, 1, 3, 3, 3])
-        assert_minimiser(Sum(parts, scales).bind(shapes), g, v, [a + b <= 1, g.numpy() @ v == 6])
-        dual = 72**0.5
-        fixed = [a <= 6 / dual, b <= 6 / dual, g.numpy() @ v == dual]
-        assert_minimiser(Euclidean(parts, scales).bind(shapes), g, v, fixed)
-
-    def test_mixture_of_spectral_and_nuclear_blocks(self):
-        shapes = lay_out({"W": (2, 3), "V": (2, 2)})
-        norm = Sum({"W": Spectral(), "V": Nuclear()}).bind(shapes)
-        u, _, vt = np.linalg.svd(uniform(2, 3).numpy())
-        g = torch.cat(
-            [
-                torch.from_numpy(2 * np.outer(u[:, 0], vt[0])).flatten(),
-                2 * torch.eye(2).flatten().double(),
-            ]
-        )
-        r, c = cp.Variable(), cp.Variable((1, 2))
-        density = cp.Variable((2, 2), PSD=True)
-        w = r * np.outer(u[:, 0], vt[0]) + u[:, 1:] @ c @ vt[1:]
-        v = cp.hstack([cp.reshape(w, (6,), order="C"), cp.reshape(density, (4,), order="C")])
-        assert_minimiser(norm, g, v, [r >= 0, cp.sigma_max(c) <= r, r + cp.trace(density) == 1])
 
 
 class TestSimplexProjection:
