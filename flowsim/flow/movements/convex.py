@@ -39,11 +39,16 @@ class _Surrogate:
         self, norm: Norm, eps: float, gain: float, start: Tensor | None, tol: float
     ) -> Minimum:
         """Over Δ = εv in the ball, in units of the ``gain`` that is expected."""
-        outer: Outer = SoftMaximum(1 / gain) if self.soft else HalfSquare()
-        scale = gain if self.soft else math.sqrt(gain)
-        offset = self.offset - self.offset.amin() if self.soft else self.offset
-        rows = self.rows * (eps / scale)
-        return minimise_in_ball(norm, outer, rows, offset / scale, start=start, tol=tol)
+        outer: Outer = HalfSquare()
+        scale = math.sqrt(gain)
+        offset = self.offset
+        if self.soft:
+            outer = SoftMaximum(1 / gain)
+            scale = gain
+            offset = offset - offset.amin()
+        a = self.rows * (eps / scale)
+        b = offset / scale
+        return minimise_in_ball(norm, outer, a, b, start=start, tol=tol)
 
 
 class ConvexMover:
@@ -70,7 +75,8 @@ class ConvexMover:
         """Directions to a hundredth of what a step may err; they are good to the root of the
         gap."""
         allowed = atol + rtol * float(torch.linalg.vector_norm(w))
-        return min(1e-9, max(1e-15, min(1.0, 0.01 * allowed / eps) ** 2))
+        fraction = min(1.0, 0.01 * allowed / eps)
+        return min(1e-9, max(1e-15, fraction**2))
 
     def move(self, w: _Vector, eps: float, guess: Guess | None, tol: float = 1e-15) -> Movement:
         level, h = self._ascent(w)
@@ -88,11 +94,23 @@ class ConvexMover:
         end = w + eps * found.v
         level, h = self._ascent(end)
         return Movement(
-            found.v, found.p, w=end, gap=found.gap, lam=level, ascent=h, newton=found.newton
+            v=found.v,
+            dual_variables=found.p,
+            w=end,
+            gap=found.gap,
+            lam=level,
+            ascent=h,
+            newton=found.newton,
         )
 
     def _sweeps(
-        self, w: Tensor, level: Tensor, eps: float, gain: float, start: Tensor | None, tol: float
+        self,
+        w: _Vector,
+        level: Float[Tensor, ""],
+        eps: float,
+        gain: float,
+        start: Float[Tensor, " n"] | None,
+        tol: float,
     ) -> Movement:
         """`move` where the surrogate only touches the loss: Newton's method, going back while the
         level falls."""
@@ -101,25 +119,34 @@ class ConvexMover:
         for _ in range(40):
             # the ball is around w, the surrogate's zero at w + εv
             surrogate = self._surrogate(w + eps * v)
-            surrogate = replace(surrogate, offset=surrogate.offset + surrogate.rows @ (-eps * v))
+            offset = surrogate.offset + surrogate.rows @ (-eps * v)
+            surrogate = replace(surrogate, offset=offset)
             found = surrogate.minimum(self.norm, eps, gain, start, 0.01 * tol)
             start = found.p
             newton = newton + found.newton
             step = found.v - v
             fraction = 1.0
             now, h = self._ascent(w + eps * found.v)
-            while float(now) < float(level) - 1e-13 * abs(float(level)) and fraction > SHORTEST:
+            while _falls(level, now) and fraction > SHORTEST:
                 fraction /= 2
-                now, h = self._ascent(w + eps * (v + fraction * step))
+                between = v + fraction * step
+                now, h = self._ascent(w + eps * between)
             v = v + fraction * step
             level = now
             # of a convex function, the linearisation at the end bounds what is left to gain
-            gap = float(self.norm.dual(h) - h @ v) * eps / gain
-            still = float(step.abs().amax()) < math.sqrt(tol) * float(v.abs().amax())
-            if gap < tol or still or fraction <= SHORTEST:
+            left = self.norm.dual(h) - h @ v
+            gap = float(left) * eps / gain
+            if gap < tol or fraction <= SHORTEST or _still(step, v, math.sqrt(tol)):
                 break
-        end = w + eps * v
-        return Movement(v, found.p, w=end, gap=gap, lam=level, ascent=h, newton=newton)
+        return Movement(
+            v=v,
+            dual_variables=found.p,
+            w=w + eps * v,
+            gap=gap,
+            lam=level,
+            ascent=h,
+            newton=newton,
+        )
 
     def _ascent(self, w: _Vector) -> tuple[Float[Tensor, ""], _Vector]:
         level, h = self.objective.ascent(w[None])
@@ -130,14 +157,29 @@ class ConvexMover:
         objective = self.objective
         rows = self._rows
         if isinstance(objective, Quadratic):
-            return _Surrogate(rows, rows @ (w - objective.minimiser), soft=False)
+            offset = rows @ (w - objective.minimiser)
+            return _Surrogate(rows, offset, soft=False)
         outputs = objective.outputs(w[None])
         loss = objective.loss
         y = objective.y
         if loss.tail is HALF_SQUARE:
-            return _Surrogate(rows, loss.reading.read(outputs, y)[0][0], soft=False)
+            residuals = loss.reading.read(outputs, y)[0]
+            return _Surrogate(rows, residuals[0], soft=False)
         scale, offset = touching(loss, outputs, y)
-        return _Surrogate(scale[:, None] * rows, offset, soft=True, exact=exact(loss))
+        rows = scale[:, None] * rows
+        return _Surrogate(rows, offset, soft=True, exact=exact(loss))
+
+
+def _falls(level: Tensor, now: Tensor) -> bool:
+    """Whether the level falls by more than rounding."""
+    before = float(level)
+    return float(now) < before - 1e-13 * abs(before)
+
+
+def _still(step: _Vector, v: _Vector, tol: float) -> bool:
+    """Whether a step of v is small beside it."""
+    longest = float(step.abs().amax())
+    return longest < tol * float(v.abs().amax())
 
 
 def _rows(objective: Problem | Quadratic, w: Float[Tensor, "1 P"]) -> Float[Tensor, "n P"]:
@@ -151,4 +193,5 @@ def _rows(objective: Problem | Quadratic, w: Float[Tensor, "1 P"]) -> Float[Tens
     if reading is None:
         return jacobian.flatten(0, 1)
     # linear in the outputs, so it reads their derivatives too
-    return reading.read(jacobian.movedim(-1, 0), objective.y)[0].mT
+    columns = jacobian.movedim(-1, 0)
+    return reading.read(columns, objective.y)[0].mT

@@ -22,6 +22,7 @@ from flowsim.flow.field import Field, Sample, memory_of, sample_of
 from flowsim.flow.movements.convex import ConvexMover
 from flowsim.flow.movements.movement import Guess, Movement, Mover
 from flowsim.flow.movements.net import NetMover
+from flowsim.flow.movements.trial import STAGE, MovementTrial
 from flowsim.flow.steps import (
     Controller,
     Method,
@@ -41,13 +42,6 @@ from flowsim.numerics.shapes import Row
 from flowsim.problems.kinks import require_sides
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
-
-_GAMMA = 1 - 1 / math.sqrt(2)
-
-# the quadrature of third order at 0, γ and 1
-_MIDDLE = 1 / (6 * _GAMMA * (1 - _GAMMA))
-_LAST = (2 - 3 * _GAMMA) / (6 * (1 - _GAMMA))
-_FIRST = 1 - _MIDDLE - _LAST
 
 _CONTROL = Controller(order=3, broken=0.4)
 
@@ -92,7 +86,11 @@ class MinimisingMovement(Method):
     ) -> State:
         def run(part: Objective, local: State, goal: Target) -> State:
             steps = self._steps(field, part, local)
-            return advance_by_steps(lambda _, at: steps.attempted(at), part, local, goal, budget)
+
+            def step(_: Objective, at: State) -> State:
+                return steps.attempted(at)
+
+            return advance_by_steps(step, part, local, goal, budget)
 
         return one_by_one(run, objective, state, until)
 
@@ -105,19 +103,25 @@ class MinimisingMovement(Method):
         Softmax weights see margins, which grow like Λ, to O(1): late in training those of an
         interpolated place are the weights of another one. Only nets with kinks need it."""
         if objective.kinks:
-            for row in ((u > 0) & (u < 1)).nonzero():
+            inside = (u > 0) & (u < 1)
+            for row in inside.nonzero():
                 last = state.select(row)
                 local = point.select(row)
                 steps = self._steps(field, objective.select(row), last)
-                point = point.scatter(row, steps.refined(last, u[row], local))
+                local = steps.refined(last, u[row], local)
+                point = point.scatter(row, local)
         return point
 
     def _steps(self, field: Field, objective: Objective, state: State) -> "ImplicitSteps":
-        return ImplicitSteps(field, objective, mover_of(field.norm, objective, state.w, self.sides))
+        mover = mover_of(field.norm, objective, state.w, self.sides)
+        return ImplicitSteps(field, objective, mover)
 
 
 def mover_of(
-    norm: Norm, objective: Objective, w: Float[Tensor, "1 P"], sides: tuple[int, ...] = ()
+    norm: Norm,
+    objective: Objective,
+    w: Float[Tensor, "1 P"],
+    sides: tuple[int, ...] = (),
 ) -> Mover:
     """Movements of this objective in a bound norm; raises ValueError where there are none."""
     if objective.kinks and isinstance(objective, Problem):
@@ -140,48 +144,6 @@ def mover_of(
 
 
 @dataclass(frozen=True)
-class MovementTrial:
-    """A step of arclength ``eps`` from where the field is ``first``: the movements of its stage and
-    of its end, with the field there."""
-
-    eps: float
-    first: Sample
-    stage: Movement
-    end: Movement
-    middle: Sample
-    last: Sample
-    length: float
-    interior: bool
-
-    @property
-    def w(self) -> Float[Tensor, "1 P"]:
-        return self.end.w[None]
-
-    @property
-    def gap(self) -> float:
-        return max(self.stage.gap, self.end.gap)
-
-    @property
-    def newton(self) -> float:
-        return self.stage.newton + self.end.newton
-
-    @property
-    def error(self) -> Float[Tensor, "1 P"]:
-        """What the step lacks to third order."""
-        u = self.first.velocity
-        v = self.stage.v
-        z = self.end.v
-        middle = 1 - _GAMMA - _MIDDLE
-        last = _GAMMA - _LAST
-        return self.eps * (-_FIRST * u + middle * v + last * z)
-
-    def mean(self, name: str) -> _Number:
-        """The mean of a rate over the step."""
-        a, m, b = (at.rates[name] for at in (self.first, self.middle, self.last))
-        return _FIRST * a + _MIDDLE * m + _LAST * b
-
-
-@dataclass(frozen=True)
 class ImplicitSteps:
     """The steps of one trajectory."""
 
@@ -191,54 +153,69 @@ class ImplicitSteps:
 
     def begun(self, state: State) -> State:
         """The state with the direction of a short movement, unless it comes from such steps."""
-        names = ("newton", "gap", *(("sliding", "releases") if self.objective.kinks else ()))
-        none = {name: torch.zeros_like(state.step_size) for name in names}
+        objective = self.objective
+        names = ["newton", "gap"]
+        if objective.kinks:
+            names += ["sliding", "releases"]
+        none = dict.fromkeys(names, torch.zeros_like(state.step_size))
         state = replace(state, tallies=none | state.tallies)
-        lam, h = self.objective.ascent(state.w)
+        lam, h = objective.ascent(state.w)
         if self._resumes(state, float(lam)):
             return state
+        eps = self._short(lam, h)
+        guess = self._sliding_already(state)
+        moved = self.mover.move(state.w[0], eps, guess, 1e-9)
+        if objective.kinks:
+            h = moved.ascent[None]
+        sample = self.field.sample(objective, state.w, lam, h, moved.v[None])
+        tallies = added(state, newton=moved.newton)
+        state = replace(state, tallies=tallies)
+        size = torch.full_like(state.step_size, eps)
+        state = begun(objective, state, sample, size, _variables(moved))
+        return self._with_kinks(state, moved)
+
+    def _short(self, lam: _Number, h: Float[Tensor, "1 P"]) -> float:
+        """The arclength in which the level rises by about a thousandth."""
         dual_norm = float(self.field.norm.dual(h)[0])
         rise = 1.0 if self.objective.logarithmic else abs(float(lam))
-        eps = 1e-3 * rise / dual_norm if dual_norm > 0 else 1.0
-        moved = self.mover.move(state.w[0], eps, self._sliding_already(state), 1e-9)
-        h = moved.ascent[None] if self.objective.kinks else h
-        sample = self.field.sample(self.objective, state.w, lam, h, moved.v[None])
-        state = replace(state, tallies=added(state, newton=moved.newton))
-        size = torch.full_like(state.step_size, eps)
-        state = begun(self.objective, state, sample, size, _variables(moved))
-        return self._with_kinks(state, moved)
+        return 1e-3 * rise / dual_norm if dual_norm > 0 else 1.0
 
     def _resumes(self, state: State, lam: float) -> bool:
         """Whether the state comes from such steps, of the same problem in the same norm."""
         memory = state.memory
-        if "dual_variables" not in memory:
+        known = memory.get("dual_variables")
+        if known is None or known.shape[1] != self.mover.unknowns:
             return False
-        if memory["dual_variables"].shape[1] != self.mover.unknowns:
-            return False
-        dual_norm = float(self.mover.norm.dual(memory["ascent"][0]))
-        same = math.isclose(float(state.readings["lam"]), lam, rel_tol=1e-9, abs_tol=1e-12)
-        return same and math.isclose(float(memory["dual_norm"]), dual_norm, rel_tol=1e-6)
+        before = float(state.readings["lam"])
+        same = math.isclose(before, lam, rel_tol=1e-9, abs_tol=1e-12)
+        dual_norm = float(memory["dual_norm"])
+        in_this_norm = float(self.mover.norm.dual(memory["ascent"][0]))
+        return same and math.isclose(dual_norm, in_this_norm, rel_tol=1e-6)
 
     def _sliding_already(self, state: State) -> Guess | None:
         """What a state knows of kinks that slide."""
         known = state.multipliers
         if known is None or known.shape[1] != self.mover.unknowns:
             return None
-        return Guess(torch.zeros_like(state.w[0]), known[0], _releases(state))
+        still = torch.zeros_like(state.w[0])
+        return Guess(still, known[0], _releases(state))
 
     def refined(self, state: State, u: _Number, point: State) -> State:
         """See `MinimisingMovement.refined`."""
         step = state.segment
         if step is None or step.multipliers0 is None:
             return point
-        eps = float(u * (step.readings1["arclength"] - step.readings0["arclength"]))
-        w = step.w0[0]
-        v = step.slope0[0]
-        guess = Guess(v / self.mover.norm.value(v), step.multipliers0[0], _releases(state))
-        stage, end = self._movements(w, eps, guess)
+        before = step.readings0["arclength"]
+        after = step.readings1["arclength"]
+        eps = float(u * (after - before))
+        slope = step.slope0[0]
+        v = slope / self.mover.norm.value(slope)
+        guess = Guess(v, step.multipliers0[0], _releases(state))
+        stage, end = self._movements(step.w0[0], eps, guess)
         if not max(stage.gap, end.gap) < self.mover.trusted:
             return point
-        readings = point.readings | {"lam": end.lam[None].double()}
+        lam = end.lam[None].double()
+        readings = point.readings | {"lam": lam}
         point = replace(point, w=end.w[None], readings=readings)
         return self._with_kinks(point, end)
 
@@ -257,27 +234,38 @@ class ImplicitSteps:
         if bool(accepted):
             moved = self._moved(state, trial)
             if self.objective.degree > 1:
-                size = size.minimum(0.2 * self.field.norm.value(moved.w).double())
+                length = self.field.norm.value(moved.w)
+                size = size.minimum(0.2 * length.double())
         moved = replace(moved, step_size=size)
         moved = count_attempt(moved, accepted, gradients=2, newton=trial.newton)
         return self._stop_if_stuck(moved, trial)
 
     def _movements(self, w: _Vector, eps: float, guess: Guess | None) -> tuple[Movement, Movement]:
         """The stage and the end of a step of arclength ``eps`` from w."""
-        part = _GAMMA * eps
-        tol = self.mover.aim(self.field.rtol, self.field.atol, w, eps)
+        part = STAGE * eps
+        field = self.field
+        tol = self.mover.aim(field.rtol, field.atol, w, eps)
         stage = self.mover.move(w, part, guess, tol)
-        return stage, self.mover.move(w + (1 - _GAMMA) * eps * stage.v, part, stage, tol)
+        ahead = w + (1 - STAGE) * eps * stage.v
+        end = self.mover.move(ahead, part, stage, tol)
+        return stage, end
 
     def trial(self, w: _Vector, first: Sample, eps: float, guess: Guess | None) -> MovementTrial:
         """One step of arclength ``eps`` from w, where the field is ``first``."""
         stage, end = self._movements(w, eps, guess)
+        norm = self.mover.norm
         # inside the ball there is no steepest direction: the end is a minimiser
-        interior = float(self.mover.norm.value(end.v)) < 0.999
-        length = float(self.mover.norm.value(end.w - w)) if interior else eps
-        middle = self._sample(stage)
-        last = self._sample(end)
-        return MovementTrial(eps, first, stage, end, middle, last, length, interior)
+        interior = float(norm.value(end.v)) < 0.999
+        return MovementTrial(
+            eps,
+            first,
+            stage,
+            end,
+            middle=self._sample(stage),
+            last=self._sample(end),
+            length=float(norm.value(end.w - w)) if interior else eps,
+            interior=interior,
+        )
 
     def _sample(self, at: Movement) -> Sample:
         w = at.w[None]
@@ -295,23 +283,30 @@ class ImplicitSteps:
         rise = last.lam - first.lam
         if self.objective.logarithmic:
             off = torch.linalg.vecdot(last.ascent, error).abs()
-            excess = excess.maximum(off / (self.field.rtol * rise.clamp_min(1.0)))
+            allowed = self.field.rtol * rise.clamp_min(1.0)
+            excess = excess.maximum(off / allowed)
         before = self._soft_margin(first.lam, state.w)
         after = self._soft_margin(last.lam, trial.w)
-        falls = rise < -1e-13 * first.lam.abs().clamp_min(1.0)
+        size = first.lam.abs().clamp_min(1.0)
+        falls = rise < -1e-13 * size
         falls |= (before > 0) & (after < before * (1 - 1e-12))
-        good = torch.isfinite(excess) & ~falls & (trial.gap < self.mover.trusted)
+        good = torch.isfinite(excess) & ~falls
+        good &= trial.gap < self.mover.trusted
         return torch.where(good, excess, torch.inf)
 
     def _soft_margin(self, lam: _Number, w: Float[Tensor, "1 P"]) -> _Number:
         """What the flow raises once it is positive (Tsilivis et al. 2026, Thm. 1 and 22); −1 where
         there is none."""
-        length = self.field.norm.value(w)
+        none = -torch.ones_like(lam)
         objective = self.objective
-        if not isinstance(objective, Problem) or objective.loss.tail.inverse is None:
-            return -torch.ones_like(lam)
-        margin = objective.loss.soft_minimum(lam) / length**objective.degree
-        return torch.where(length > 0, margin, -1.0)
+        if not isinstance(objective, Problem):
+            return none
+        loss = objective.loss
+        if loss.tail.inverse is None:
+            return none
+        length = self.field.norm.value(w)
+        margin = loss.soft_minimum(lam) / length**objective.degree
+        return torch.where(length > 0, margin, none)
 
     def _moved(self, state: State, trial: MovementTrial) -> State:
         """The state at the end of a step."""
@@ -328,11 +323,12 @@ class ImplicitSteps:
             "relative": before["relative"] + ds * trial.mean("relative"),
             "dissipated": before["dissipated"] + ds * trial.mean("dissipated"),
         }
+        gap = state.tallies["gap"].clamp_min(trial.gap)
         moved = replace(
             state,
             w=trial.w,
             readings=readings,
-            tallies=state.tallies | {"gap": state.tallies["gap"].clamp_min(trial.gap)},
+            tallies=state.tallies | {"gap": gap},
             memory=memory_of(last) | _variables(trial.end),
             segment=segment_between(self.objective, state, trial.w, first, last, ds, readings),
         )
@@ -343,8 +339,12 @@ class ImplicitSteps:
         if not self.objective.kinks:
             return state
         multipliers = at.dual_variables[None]
-        sliding = ((multipliers > 0) & (multipliers < 1)).sum(-1).double()
-        tallies = {"sliding": sliding, "releases": torch.full_like(sliding, at.releases)}
+        slides = (multipliers > 0) & (multipliers < 1)
+        sliding = slides.sum(-1).double()
+        tallies = {
+            "sliding": sliding,
+            "releases": torch.full_like(sliding, at.releases),
+        }
         state = replace(state, multipliers=multipliers, tallies=state.tallies | tallies)
         if state.segment is None:
             return state
@@ -356,8 +356,10 @@ class ImplicitSteps:
         """The state, stopped if the trajectory cannot go on."""
         still = (trial.w == state.w).all(-1)
         state = state.stopped(still & trial.interior, Status.STATIONARY)
-        finite = torch.isfinite(trial.w).all(-1) & torch.isfinite(trial.last.lam)
-        return stop_if_stuck(state, state.step_size, finite, least=1e-3 * self.field.atol)
+        finite = torch.isfinite(trial.w).all(-1)
+        finite &= torch.isfinite(trial.last.lam)
+        least = 1e-3 * self.field.atol
+        return stop_if_stuck(state, state.step_size, finite, least=least)
 
 
 def _variables(at: Movement) -> dict[str, Tensor]:
