@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from flowsim.checks import require_callable, require_finite, require_flag
 from flowsim.motion.clocks import Clock
 from flowsim.motion.state import READINGS, State
+from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 Measure = Callable[[Any, State], Tensor]
-
+Mask = Bool[Tensor, " B"]
 
 _HALVINGS = 40  # of a step, which leaves 1e-12 of it
 
@@ -60,16 +61,17 @@ class Event:
         end = ", then stop" if self.stop else ""
         return f"{self.name or made} {sign} {self.level:g}{end}"
 
-    def reached(self, problem: Objective, state: State, who: str) -> Bool[Tensor, " B"]:
+    def reached(self, problem: Objective, state: State, who: str) -> Mask:
         """Where the measure has reached the level; ``who`` asks, for errors."""
         value = self.value(problem, state, who)
         return value <= self.level if self.falling else value >= self.level
 
-    def value(self, problem: Objective, state: State, who: str) -> Float[Tensor, " B"]:
+    def value(self, problem: Objective, state: State, who: str) -> PerTrajectory:
         """What is measured."""
         with torch.no_grad():
             value = self.measure(problem, state)
-        if not isinstance(value, Tensor) or value.shape != state.status.shape:
+        fits = isinstance(value, Tensor) and value.shape == state.status.shape
+        if not fits:
             raise ValueError(
                 f"{who}: its measure returned {shape_of(value)}, expected a tensor of shape "
                 f"({len(state.w)},), one number for each trajectory; try a reduction such as "
@@ -83,13 +85,14 @@ def shape_of(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def inside(problem: Objective, state: State, u: Float[Tensor, " B"]) -> State:
+def inside(problem: Objective, state: State, u: PerTrajectory) -> State:
     """The state at u of its last step; itself where steps are indivisible. Λ is that of the
     weights, not of the interpolant, so that all that is read there fits together."""
     if state.segment is None:
         return state
     w, readings = state.segment.at(u)
-    readings["lam"] = torch.where(u < 1, problem.lam(w).double(), readings["lam"])
+    lam = problem.lam(w).double()
+    readings["lam"] = torch.where(u < 1, lam, readings["lam"])
     multipliers = state.segment.multipliers(u)
     moved = replace(state, w=w, readings=readings, multipliers=multipliers)
     return replace(moved, memory={}, segment=None)
@@ -105,57 +108,64 @@ class Watch:
     def __init__(
         self, problem: Objective, events: Mapping[str, Event], state: State, clock: Clock
     ) -> None:
-        self.problem, self.events, self.clock, self.before = problem, events, clock, state
+        self.problem = problem
+        self.events = events
+        self.clock = clock
+        self.before = state
         nowhere = torch.full_like(state.readings["lam"], torch.nan)
-        self.found = {name: dict.fromkeys((*READINGS, "value"), nowhere) for name in events}
+        nothing = dict.fromkeys((*READINGS, "value"), nowhere)
+        self.found = dict.fromkeys(events, nothing)
         self.limit = torch.full_like(nowhere, torch.inf)
         self.look(replace(state, segment=None))  # at the start itself: no step has led there
 
     def look(self, state: State) -> None:
         """Record the events of the natural step that has led to ``state``."""
         for name, event in self.events.items():
-            new = torch.isnan(self.found[name]["value"]) & self._reached(name, state)
-            if bool(new.any()):
-                u = self._located(name, state, new)
-                self._record(name, state, u, new)
-                if event.stop:
-                    shown = _shown(state, self.clock, u)
-                    self.limit = torch.where(new, torch.minimum(self.limit, shown), self.limit)
+            waited = torch.isnan(self.found[name]["value"])
+            new = waited & self._reached(name, state)
+            if not bool(new.any()):
+                continue
+            u = self._located(name, state, new)
+            self._record(name, state, u, new)
+            if event.stop:
+                shown = _shown(state, self.clock, u)
+                limit = torch.minimum(self.limit, shown)
+                self.limit = torch.where(new, limit, self.limit)
         self.before = state
 
-    def _located(self, name: str, state: State, new: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def _located(self, name: str, state: State, new: Mask) -> PerTrajectory:
         """Where in the last step the event happens; 1 for the trajectories without it."""
         high = torch.ones_like(self.limit)
         low = torch.where(new, 0.0, high)
-        for _ in range(_HALVINGS if state.segment is not None else 0):
+        halvings = 0 if state.segment is None else _HALVINGS
+        for _ in range(halvings):
             middle = 0.5 * (low + high)
-            reached = self._reached(name, self._inside(state, middle))
+            point = self._inside(state, middle)
+            reached = self._reached(name, point)
             low = torch.where(reached, low, middle)
             high = torch.where(reached, middle, high)
         return high
 
-    def _inside(self, state: State, u: Float[Tensor, " B"]) -> State:
+    def _inside(self, state: State, u: PerTrajectory) -> State:
         """The state at u, where tallies and the step size are those before the step until it has
         ended."""
         point = inside(self.problem, state, u)
-        early = replace(point, tallies=self.before.tallies, step_size=self.before.step_size)
+        before = self.before
+        early = replace(point, tallies=before.tallies, step_size=before.step_size)
         return early.where(u < 1, point)
 
-    def _record(
-        self, name: str, state: State, u: Float[Tensor, " B"], new: Bool[Tensor, " B"]
-    ) -> None:
+    def _record(self, name: str, state: State, u: PerTrajectory, new: Mask) -> None:
         point = self._inside(state, u)
-        here = point.readings | {
-            "value": self.events[name].value(self.problem, point, f"event {name!r}")
-        }
+        value = self.events[name].value(self.problem, point, f"event {name!r}")
+        here = point.readings | {"value": value}
         found = self.found[name].items()
         self.found[name] = {key: torch.where(new, here[key], old) for key, old in found}
 
-    def _reached(self, name: str, state: State) -> Bool[Tensor, " B"]:
+    def _reached(self, name: str, state: State) -> Mask:
         return self.events[name].reached(self.problem, state, f"event {name!r}")
 
 
-def _shown(state: State, clock: Clock, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def _shown(state: State, clock: Clock, u: PerTrajectory) -> PerTrajectory:
     """What the clock shows at u, as saves are located: on the interpolant."""
     end = state.readings[clock.reading]
     if state.segment is None:

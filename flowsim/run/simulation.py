@@ -182,9 +182,12 @@ class _Allowance:
         runs. A call takes a step at least, so that calls end the loop even where a rule does not
         count."""
         left = self.most - (state.attempts - self.before).clamp_min(self.calls)
-        state, self.calls = state.stopped(left <= 0, Status.MAX_STEPS), self.calls + 1
+        self.calls += 1
+        state = state.stopped(left <= 0, Status.MAX_STEPS)
         running = left[state.running]
-        return state, min(self.at_once, int(running.min())) if len(running) else 0
+        if len(running) == 0:
+            return state, 0
+        return state, min(self.at_once, int(running.min()))
 
 
 @dataclass
@@ -213,15 +216,20 @@ class _Recorder:
         state: State,
         observers: Mapping[str, Observer],
     ) -> None:
-        self.problem, self.rule, self.clock = problem, rule, until.clock
-        self.observers, self.witnesses = observers, witness(problem, rule)
-        points = [-torch.inf, *until.targets(state.readings[self.clock.reading])]
+        self.problem = problem
+        self.rule = rule
+        self.clock = until.clock
+        self.observers = observers
+        self.witnesses = witness(problem, rule)
+        start = state.readings[self.clock.reading]
+        points = [-torch.inf, *until.targets(start)]
         self.targets = torch.tensor(points, dtype=torch.float64, device=state.w.device)
         self.next = torch.zeros_like(state.status)
         self.values: dict[str, np.ndarray] = {}
         self.witnessed: dict[str, np.ndarray] = {}
         shape = (len(points), *state.w.shape)
-        self.weights = np.full(shape, np.nan) if math.prod(shape) <= _WEIGHTS_LIMIT else None
+        kept = math.prod(shape) <= _WEIGHTS_LIMIT
+        self.weights = np.full(shape, np.nan) if kept else None
 
     @property
     def total(self) -> int:
@@ -232,7 +240,8 @@ class _Recorder:
 
     def target(self) -> Target:
         """Each trajectory's next save point."""
-        return Target(self.clock, self.targets[self.next.clamp_max(len(self.targets) - 1)])
+        next_or_last = self.next.clamp_max(len(self.targets) - 1)
+        return Target(self.clock, self.targets[next_or_last])
 
     def sample(self, state: State, limit: Tensor) -> State:
         """Keep every save point that the last step has reached, up to the clock's ``limit``, where
@@ -243,14 +252,16 @@ class _Recorder:
             due = (self.next < len(self.targets)) & (shown >= target.value)
             if not bool(due.any()):
                 break
-            self._keep(self._read(state, target, due), due)
+            point = self._read(state, target, due)
+            self._keep(point, due)
             self.next = self.next + due
         state = state.stopped(self.next == len(self.targets), Status.DONE)
         return state.stopped(limit < torch.inf, Status.EVENT)
 
     def _read(self, state: State, target: Target, due: Tensor) -> State:
         """The state at the save point where one is due, elsewhere the state itself."""
-        if state.segment is None or bool((due & (self.next == 0)).any()):
+        at_start = bool((due & (self.next == 0)).any())
+        if state.segment is None or at_start:
             return state
         u = torch.where(due, state.segment.locate(target), 1.0)
         point = inside(self.problem, state, u)
@@ -275,7 +286,8 @@ class _Recorder:
                     kept[name] = np.full((len(self.targets), *array.shape), np.nan)
                 kept[name][index, rows] = array[rows]
         if self.weights is not None:
-            self.weights[index, rows] = point.w.detach().cpu().double().numpy()[rows]
+            w = point.w.detach().cpu().double()
+            self.weights[index, rows] = w.numpy()[rows]
 
     def _checked(self, name: str, value: Any) -> np.ndarray:
         if not isinstance(value, Tensor) or value.shape[:1] != self.next.shape:

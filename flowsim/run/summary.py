@@ -16,16 +16,19 @@ def summarise(runs: Mapping[str, Trajectory]) -> list[dict[str, Any]]:
     """One row for each run: medians over seeds of t₀, the final readings, margins, alignment and
     work, and why it stopped. Values are those at each trajectory's last save; NaN where a run has
     none."""
-    return [{"run": label, **_row(run)} for label, run in runs.items()]
+    return [_row(label, run) for label, run in runs.items()]
 
 
-def _row(run: Trajectory) -> dict[str, Any]:
+def _row(label: str, run: Trajectory) -> dict[str, Any]:
     own = run.provenance.get("norm") or "l2"
+    margins = [name for name in _MARGINS if name in run]
     stopped = Counter(status.name for status in run.statuses)
+    reasons = [f"{count} × {name}" for name, count in stopped.items()]
     return {
+        "run": label,
         "t0": 10 ** crossing(run),
         "lam": _median_at_end(run, "lam"),
-        **{name: _median_at_end(run, name) for name in _MARGINS if name in run},
+        **{name: _median_at_end(run, name) for name in margins},
         "alignment": _median_at_end(run, f"alignment_{own}"),
         "energy": np.median(run.certificate.energy),
         "sliding": _median_at_end(run, "tally_sliding"),
@@ -33,13 +36,15 @@ def _row(run: Trajectory) -> dict[str, Any]:
         "steps": _median_at_end(run, "steps"),
         "gradients": _median_at_end(run, "tally_gradients"),
         "seconds": run.provenance["seconds"],
-        "stopped": ", ".join(f"{count} × {name}" for name, count in stopped.items()),
+        "stopped": ", ".join(reasons),
     }
 
 
 def _median_at_end(run: Trajectory, name: str) -> float:
     """NaN where the run has no such value."""
-    return _median(_last_known, run[name]) if name in run else np.nan
+    if name not in run:
+        return np.nan
+    return _median(_last_known, run[name])
 
 
 def position(run: Trajectory, against: str) -> Array:
@@ -55,7 +60,8 @@ def position(run: Trajectory, against: str) -> Array:
 def crossing(run: Trajectory, against: str = "log_time") -> float:
     """Median over trajectories of the coordinate where Λ first exceeds 0 (t₀), by interpolation;
     NaN if never."""
-    return _median(_where_positive, position(run, against), run["lam"])
+    x = position(run, against)
+    return _median(_where_positive, x, run["lam"])
 
 
 def separation(run: Trajectory, against: str = "log_time") -> float:
@@ -63,13 +69,15 @@ def separation(run: Trajectory, against: str = "log_time") -> float:
     classified; NaN if never, or if the accuracy was not observed."""
     if "accuracy" not in run:
         return np.nan
-    return _median(_where_right, position(run, against), run["accuracy"])
+    x = position(run, against)
+    return _median(_where_right, x, run["accuracy"])
 
 
 def _median(of_one: Callable[..., float], *values: Array) -> float:
     """Median over trajectories of a function of each one's values, from ``(K, B)``."""
-    columns = zip(*(value.T for value in values), strict=True)
-    return float(np.median([of_one(*column) for column in columns]))
+    columns = [value.T for value in values]
+    found = [of_one(*column) for column in zip(*columns, strict=True)]
+    return float(np.median(found))
 
 
 def _last_known(value: Array) -> float:
@@ -87,7 +95,8 @@ def _where_positive(x: Array, lam: Array) -> float:
     if not above.size:
         return np.nan
     k = above[0]
-    if k == 0 or not np.isfinite(x[k - 1]):
+    known = k > 0 and np.isfinite(x[k - 1])
+    if not known:
         return x[k]
     between = slice(k - 1, k + 1)
     return np.interp(0.0, lam[between], x[between])

@@ -54,13 +54,16 @@ class Switch(Labelled):
         return f"{self.first.label}; from {self.at.sentence} {self.then.label}"
 
     def start(self, problem: Objective, w_or_state: Tensor | State) -> State:
-        if isinstance(w_or_state, State) and w_or_state.memory.keys() == {"phase", _BEFORE, _AFTER}:
-            return self._resumed(problem, w_or_state)
+        if isinstance(w_or_state, State):
+            both = w_or_state.memory.keys() == {"phase", _BEFORE, _AFTER}
+            if both:
+                return self._resumed(problem, w_or_state)
         before = self.first.start(problem, w_or_state)
         # the second rule starts as well: what it refuses is said now, and its place in the state is
         # made
-        after = self.then.start(problem, replace(before, memory={}, segment=None))
-        state = _joined(before, after, torch.zeros_like(before.status))
+        after = self.then.start(problem, _bare(before))
+        phase = torch.zeros_like(before.status)
+        state = _joined(before, after, phase)
         return self._handed_over(problem, state, before)
 
     def _resumed(self, problem: Objective, state: State) -> State:
@@ -71,58 +74,76 @@ class Switch(Labelled):
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         phase = state.memory["phase"]  # of now: a trajectory that changes goes on in the next call
         for number, walk in enumerate((self._walk_first, self._walk_then)):
-            rows = (pending(state, until) & (phase == number)).nonzero().squeeze(1)
+            waiting = pending(state, until) & (phase == number)
+            rows = waiting.nonzero().squeeze(1)
             if rows.numel() > 0:
-                part = walk(problem.select(rows), state.select(rows), until.select(rows), budget)
+                part = state.select(rows)
+                part = walk(problem.select(rows), part, until.select(rows), budget)
                 state = state.scatter(rows, part)
         return state
 
     def _walk_then(self, problem: Objective, state: State, until: Target, budget: int) -> State:
-        return _packed(
-            state, _AFTER, self.then.advance(problem, _part(state, _AFTER), until, budget)
-        )
+        local = _part(state, _AFTER)
+        local = self.then.advance(problem, local, until, budget)
+        return _packed(state, _AFTER, local)
 
     def _walk_first(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         """Step by step, until a trajectory changes."""
         local = _part(state, _BEFORE)
         for _ in range(budget):
             local = self.first.advance(problem, local, until, 1)
-            if bool((self.at.reached(problem, local, "Switch") | ~pending(local, until)).any()):
+            reached = self.at.reached(problem, local, "Switch")
+            if bool((reached | ~pending(local, until)).any()):
                 break
-        return self._handed_over(problem, _packed(state, _BEFORE, local), local)
+        state = _packed(state, _BEFORE, local)
+        return self._handed_over(problem, state, local)
 
     def _handed_over(self, problem: Objective, state: State, before: State) -> State:
         """``state`` with the second rule started where the event has happened, at ``before``."""
-        rows = (self.at.reached(problem, before, "Switch") & before.running).nonzero().squeeze(1)
+        reached = self.at.reached(problem, before, "Switch") & before.running
+        rows = reached.nonzero().squeeze(1)
         if rows.numel() == 0:
             return state
-        after = self.then.start(
-            problem.select(rows), replace(before.select(rows), memory={}, segment=None)
+        given = _bare(before.select(rows))
+        after = self.then.start(problem.select(rows), given)
+        here = state.select(rows)
+        phase = torch.ones_like(here.status)
+        part = _packed(here, _AFTER, after)
+        part = replace(
+            part,
+            memory=part.memory | {"phase": phase},
+            # of the step that has led here, for saves inside of it
+            segment=here.segment,
+            multipliers=here.multipliers,
         )
-        part = state.select(rows)
-        seen = part.segment, part.multipliers  # the step that has led here, for saves inside of it
-        part = replace(_packed(part, _AFTER, after), segment=seen[0], multipliers=seen[1])
-        part = replace(part, memory=part.memory | {"phase": torch.ones_like(part.status)})
         return state.scatter(rows, part)
+
+
+def _bare(state: State) -> State:
+    """Where trajectories are, without what a rule has left there."""
+    return replace(state, memory={}, segment=None)
 
 
 def _joined(before: State, after: State, phase: Tensor) -> State:
     """The states of both rules as one, each trajectory with that of its phase."""
     parts = {"phase": phase, _BEFORE: _own(before), _AFTER: _own(after)}
-    tallies = (
-        dict.fromkeys((*before.tallies, *after.tallies), torch.zeros_like(after.step_size))
-        | after.tallies
-    )
+    zero = torch.zeros_like(after.step_size)
+    tallies = dict.fromkeys((*before.tallies, *after.tallies), zero) | after.tallies
     dense = before.segment is not None or after.segment is not None
-    kinks = next((s.multipliers for s in (before, after) if s.multipliers is not None), None)
+    multipliers = before.multipliers
+    if multipliers is None:
+        multipliers = after.multipliers
     whole = replace(
-        before, tallies=tallies, memory=parts, segment=_resting(before) if dense else None
+        before,
+        tallies=tallies,
+        memory=parts,
+        segment=_resting(before) if dense else None,
+        multipliers=multipliers,
     )
-    whole = replace(whole, multipliers=kinks)
-    first, then = (
-        _packed(whole, name, part) for name, part in ((_BEFORE, before), (_AFTER, after))
-    )
-    return replace(first.where(phase == 0, then), tallies=tallies, memory=parts)
+    first = _packed(whole, _BEFORE, before)
+    then = _packed(whole, _AFTER, after)
+    chosen = first.where(phase == 0, then)
+    return replace(chosen, tallies=tallies, memory=parts)
 
 
 def _own(state: State) -> dict[str, Any]:
@@ -139,13 +160,13 @@ def _part(state: State, name: str) -> State:
     """The state as one of the two rules has left it."""
     own = state.memory[name]
     segment = own.get("segment")
+    if isinstance(segment, dict):  # where it comes from disk
+        segment = Segment(**segment)
     return replace(
         state,
         tallies={key: state.tallies[key] for key in own["tallies"]},
         memory=own["memory"],
-        segment=Segment(**segment)
-        if isinstance(segment, dict)
-        else segment,  # a dict where it comes from disk
+        segment=segment,
         multipliers=own.get("multipliers"),
     )
 
@@ -156,14 +177,15 @@ def _packed(state: State, name: str, part: State) -> State:
     multipliers = part.multipliers
     if multipliers is None and state.multipliers is not None:
         multipliers = torch.full_like(state.multipliers, torch.nan)
+    segment = None
+    if state.segment is not None:
+        segment = _complete(part.segment or _resting(part), multipliers)
     return replace(
         part,
         tallies=state.tallies | part.tallies,
         memory=state.memory | {name: _own(part)},
         multipliers=multipliers,
-        segment=None
-        if state.segment is None
-        else _complete(part.segment or _resting(part), multipliers),
+        segment=segment,
     )
 
 
