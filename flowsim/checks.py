@@ -43,7 +43,8 @@ def require_flag(owner: str, **options: Any) -> None:
 def require_whole(owner: str, least: int = 1, **options: Any) -> None:
     """Raise ValueError where an option is not an integer ≥ ``least``."""
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < least:
             raise ValueError(f"{owner}: got {name}={value!r}, expected an integer ≥ {least}")
 
 
@@ -54,7 +55,8 @@ def require_finite(owner: str, **options: Any) -> None:
 
 def is_finite(value: Any) -> bool:
     """Whether ``value`` is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def is_positive(value: Any) -> bool:
@@ -103,9 +105,10 @@ def require_weights(w: Tensor, size: int) -> None:
         raise TypeError(
             f"weights: got {got}, expected a floating-point tensor, try net.init(seeds=range(3))"
         )
-    if w.ndim != 2 or w.shape[1] != size or w.shape[0] == 0:
+    shape = tuple(w.shape)
+    if len(shape) != 2 or shape[1] != size or shape[0] == 0:
         raise ValueError(
-            f"weights: got shape {tuple(w.shape)}, expected (B, {size}), one row for each "
+            f"weights: got shape {shape}, expected (B, {size}), one row for each "
             "trajectory; try net.init(seeds=range(3)), or w[None] for a single one"
         )
     if not torch.isfinite(w).all():
@@ -114,18 +117,20 @@ def require_weights(w: Tensor, size: int) -> None:
 
 def as_tensor(value: Any, what: str) -> Tensor:
     """An array of real numbers as a tensor without a graph. Raises TypeError for anything else."""
-    if isinstance(value, Tensor):
-        tensor = value
-    else:
-        try:
-            tensor = torch.from_numpy(np.array(value, order="C"))
-        except (TypeError, ValueError) as error:
-            reason = str(error).split(". ")[0]
-            got = type(value).__name__
-            raise TypeError(f"{what}: got {got} ({reason}), expected an array of numbers") from None
+    tensor = value if isinstance(value, Tensor) else _from_array(value, what)
     if tensor.is_complex():
         raise TypeError(f"{what}: got complex numbers, expected real ones")
     return tensor.detach()
+
+
+def _from_array(value: Any, what: str) -> Tensor:
+    try:
+        array = np.array(value, order="C")
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        reason, *_ = str(error).split(". ")
+        got = type(value).__name__
+        raise TypeError(f"{what}: got {got} ({reason}), expected an array of numbers") from None
 
 
 def as_floats(x: Tensor) -> Tensor:

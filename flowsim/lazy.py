@@ -20,18 +20,23 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, original = homes[name]
         home = vars(import_module(module))
-        return home[original] if original in home else import_module(f"{module}.{original}")
+        if original in home:
+            return home[original]
+        return import_module(f"{module}.{original}")
 
     return imported, lambda: names, names
 
 
 def _listed(package: str) -> dict[str, tuple[str, str]]:
     """Each public name with its module and what it is called there."""
-    stub = Path(__file__).parents[1].joinpath(*package.split("."), "__init__.pyi")
-    body = ast.parse(stub.read_text(encoding="utf-8")).body
-    lines = (line for line in body if isinstance(line, ast.ImportFrom))
-    return {
-        name.asname or name.name: (line.module or "", name.name)
-        for line in lines
-        for name in line.names
-    }
+    folder = Path(__file__).parents[1].joinpath(*package.split("."))
+    stub = folder / "__init__.pyi"
+    text = stub.read_text(encoding="utf-8")
+    homes = {}
+    for line in ast.parse(text).body:
+        if not isinstance(line, ast.ImportFrom):
+            continue
+        for name in line.names:
+            public = name.asname or name.name
+            homes[public] = (line.module or "", name.name)
+    return homes

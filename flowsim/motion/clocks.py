@@ -114,7 +114,8 @@ class SavePlan:
         first = float(start.max())
         if not first < self.stop:
             return [self.stop]
-        return [*self.spread(first, self.stop)[1:-1], self.stop]
+        _, *between, _ = self.spread(first, self.stop)
+        return [*between, self.stop]
 
 
 def lam(value: float | Iterable[float], saves: int = 100) -> SavePlan:
@@ -124,7 +125,8 @@ def lam(value: float | Iterable[float], saves: int = 100) -> SavePlan:
     resolution = 0.01  # a small initialisation escapes while Λ hardly moves
 
     def spread(start: float, stop: float) -> list[float]:
-        rises = _dense_at_first((stop - start) / resolution, saves)
+        last = (stop - start) / resolution
+        rises = _dense_at_first(last, saves)
         return [start + resolution * rise for rise in rises]
 
     return _plan(LAM, value, saves, spread)
@@ -161,10 +163,14 @@ def time(
         earliest = stop - math.log(1000) if first is None else math.log(first)
         if start >= earliest:
             return _even(start, stop, saves)
-        return [start, *_even(earliest, stop, saves - 1)] if saves > 2 else [start, stop]
+        if saves == 2:
+            return [start, stop]
+        return [start, *_even(earliest, stop, saves - 1)]
 
     plan = _plan(TIME, value, saves, spread, is_positive, "a positive number", math.log)
-    if first is not None and not (is_positive(first) and math.log(first) < plan.stop):
+    if first is None:
+        return plan
+    if not is_positive(first) or not math.log(first) < plan.stop:
         expected = f"a number between 0 and {math.exp(plan.stop):g}"
         raise ValueError(f"time: got first={first!r}, expected {expected}")
     return plan
@@ -174,9 +180,11 @@ def at_points(clock: Clock, points: Sequence[float]) -> SavePlan:
     """Save at exactly these readings, which increase."""
 
     def spread(start: float, stop: float) -> list[float]:
-        return [start, *(point for point in points if point > start)]
+        later = [point for point in points if point > start]
+        return [start, *later]
 
-    return SavePlan(clock, points[-1], spread)
+    *_, last = points
+    return SavePlan(clock, last, spread)
 
 
 def _plan(
@@ -191,7 +199,8 @@ def _plan(
     """To the readings that a user asks for: exactly those of a list, else on the way to the one."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
     given = list(value) if several else [value]
-    if not given or not all(holds(point) for point in given):
+    fine = all(holds(point) for point in given)
+    if not given or not fine:
         expected = f"{kind} or a non-empty list of them"
         raise ValueError(f"{clock.name}: got {value!r}, expected {expected}")
     if any(b <= a for a, b in pairwise(given)):
@@ -205,13 +214,16 @@ def _plan(
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and is_finite(value) and int(value) >= 0
+    whole = isinstance(value, Integral) and is_finite(value)
+    return whole and int(value) >= 0
 
 
 def _even(start: float, stop: float, saves: int) -> list[float]:
-    return [start + (stop - start) * k / (saves - 1) for k in range(saves)]
+    last = saves - 1
+    return [start + (stop - start) * k / last for k in range(saves)]
 
 
 def _dense_at_first(stop: float, saves: int) -> list[float]:
     """From 0 to ``stop``, even in asinh: evenly spaced below 1, logarithmically far above."""
-    return [math.sinh(warped) for warped in _even(0.0, math.asinh(stop), saves)]
+    warped = _even(0.0, math.asinh(stop), saves)
+    return [math.sinh(point) for point in warped]

@@ -76,7 +76,8 @@ def in_words(setting: Any) -> str:
 
 def pending(state: State, until: Target) -> Bool[Tensor, " B"]:
     """Trajectories that run and have not reached their target."""
-    return state.running & (state.readings[until.clock.reading] < until.value)
+    reading = state.readings[until.clock.reading]
+    return state.running & (reading < until.value)
 
 
 def advance_by_steps(
@@ -86,14 +87,15 @@ def advance_by_steps(
 
     Trajectories leave the batch once they stop or have reached their own target; no step is
     shortened for it."""
-    while budget > 0 and bool((waiting := pending(state, until)).any()):
+    while budget > 0:
+        waiting = pending(state, until)
+        if not bool(waiting.any()):
+            break
         rows = waiting.nonzero().squeeze(1)
         whole = bool(waiting.all())
-        part, local, goal = problem, state, until
-        if not whole:
-            part = problem.select(rows)
-            local = state.select(rows)
-            goal = until.select(rows)
+        part = problem if whole else problem.select(rows)
+        local = state if whole else state.select(rows)
+        goal = until if whole else until.select(rows)
         while budget > 0 and bool(pending(local, goal).all()):
             local = step(part, local)
             budget -= 1
@@ -107,10 +109,17 @@ def one_by_one(run: Callable[..., State], problem: Any, state: State, *until: Ta
     For methods whose trajectories share no work, and for those in which a batch would round.
     Trajectories that are not pending for a target stay as they are."""
     done = []
-    for row in torch.arange(len(state.w), device=state.w.device).split(1):
+    rows = torch.arange(len(state.w), device=state.w.device)
+    for row in rows.split(1):
         local = state.select(row)
         goals = [target.select(row) for target in until]
-        if all(bool(pending(local, goal)) for goal in goals):
-            local = run(problem.select(row), local, *goals)
+        waiting = [bool(pending(local, goal)) for goal in goals]
+        if all(waiting):
+            part = problem.select(row)
+            local = run(part, local, *goals)
         done.append(local)
-    return tree_map(lambda *rows: torch.cat(rows), *done)
+
+    def joined(*parts: Tensor) -> Tensor:
+        return torch.cat(parts)
+
+    return tree_map(joined, *done)

@@ -41,9 +41,11 @@ class Segment:
         column = u.to(self.w0)[:, None]
         w = hermite(column, self.w0, self.w1, self.slope0, self.slope1)
         if self.bend is not None:
-            w = w + 16 * (column * (1 - column)) ** 2 * self.bend
+            bump = 16 * (column * (1 - column)) ** 2
+            w = w + bump * self.bend
+        w = _with_ends(column, self.w0, w, self.w1)
         readings = {name: self.reading(name, u) for name in self.readings0}
-        return _with_ends(column, self.w0, w, self.w1), readings
+        return w, readings
 
     def multipliers(self, u: PerTrajectory) -> PerKink | None:
         """Multipliers of kinks inside the step; exact at both ends.
@@ -56,7 +58,8 @@ class Segment:
             return None
         column = u.to(a)[:, None]
         crosses = (a - b).abs() == 1
-        inner = torch.where(crosses, torch.nan, a + column * (b - a))
+        inner = a + column * (b - a)
+        inner = torch.where(crosses, torch.nan, inner)
         return _with_ends(column, a, inner, b)
 
     def reading(self, name: str, u: PerTrajectory) -> PerTrajectory:
@@ -68,8 +71,10 @@ class Segment:
         elif name == "dissipated":
             # it rises with Λ, and the energy defect, their difference, evenly over the step
             start = self.readings0["lam"]
-            defect = (b - a) - (self.readings1["lam"] - start)
-            inner = a + u * defect + (self.reading("lam", u) - start)
+            rise = self.reading("lam", u) - start
+            whole_rise = self.readings1["lam"] - start
+            defect = (b - a) - whole_rise
+            inner = a + u * defect + rise
         elif name == "log_time":
             inner = self._log_time(u)
         else:
@@ -80,13 +85,15 @@ class Segment:
         """log t, with the time spent in the step scaled to end at the recorded reading."""
         a = self.readings0["log_time"]
         b = self.readings1["log_time"]
-        rates = self.time_rate0, self.time_rate1
-        linear = rates[1] - rates[0]
+        rate0 = self.time_rate0
+        rate1 = self.time_rate1
+        linear = rate1 - rate0
         slope0 = linear if self.time_slope0 is None else self.time_slope0
         slope1 = linear if self.time_slope1 is None else self.time_slope1
-        whole = log_elapsed(*rates, slope0, slope1)
-        so_far = log_elapsed(*rates, slope0, slope1, u)
-        recorded = b + torch.log(-torch.expm1((a - b).clamp_max(0)))  # log(t1 − t0)
+        whole = log_elapsed(rate0, rate1, slope0, slope1)
+        so_far = log_elapsed(rate0, rate1, slope0, slope1, u)
+        ratio = (a - b).clamp_max(0)  # log t0/t1
+        recorded = b + torch.log(-torch.expm1(ratio))  # log(t1 − t0)
         return torch.logaddexp(a, so_far - whole + recorded)
 
     def locate(self, target: Target) -> PerTrajectory:
@@ -101,9 +108,11 @@ class Segment:
             reached = self.reading(name, middle) >= value
             low = torch.where(reached, low, middle)
             high = torch.where(reached, middle, high)
-        return torch.where(self.readings0[name] >= value, 0.0, high)
+        reached = self.readings0[name] >= value
+        return torch.where(reached, 0.0, high)
 
 
 def _with_ends(u: Tensor, start: Tensor, inner: Tensor, end: Tensor) -> Tensor:
     """What is interpolated inside a step, with the ends themselves at u = 0 and 1."""
-    return torch.where(u <= 0, start, torch.where(u >= 1, end, inner))
+    inner = torch.where(u >= 1, end, inner)
+    return torch.where(u <= 0, start, inner)

@@ -13,8 +13,10 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     """max(z, 0) + slope·min(z, 0), with 0 ≤ slope ≤ 1."""
     if not 0 <= slope <= 1:
         raise ValueError(f"leaky_relu: got slope {slope}, expected a number in [0, 1]")
+    name = f"leaky_relu({slope:g})"
     value = partial(functional.leaky_relu, negative_slope=slope)
-    return Activation(f"leaky_relu({slope:g})", 1, slope < 1, value, partial(_leaky_step, slope))
+    step = partial(_leaky_step, slope)
+    return Activation(name, 1, slope < 1, value, step)
 
 
 def _step(z: Tensor) -> Tensor:

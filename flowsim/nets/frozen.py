@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,12 @@ class Frozen(Net):
 
     @cached_property
     def layout(self) -> Layout:  # type: ignore[override]
-        return lay_out({b.name: b.shape for b in self.net.layout if b.name not in self.values})
+        return lay_out({block.name: block.shape for block in self._trained})
+
+    @property
+    def _trained(self) -> list[Block]:
+        """The net's own blocks that are not frozen."""
+        return [block for block in self.net.layout if block.name not in self.values]
 
     @property
     def kinks(self) -> bool:  # type: ignore[override]
@@ -55,44 +60,60 @@ class Frozen(Net):
 
     def _full(self, w: Tensor) -> Tensor:
         """All the net's weights."""
-        return self._joined(w, lambda block: self._value(block, w))
+        frozen = partial(self._value, w=w)
+        return self._joined(w, frozen)
 
     def _tangent(self, v: Tensor) -> Tensor:
         """A direction of all the net's weights, in which frozen blocks stay."""
-        return self._joined(v, lambda block: v.new_zeros(len(v), block.size))
+
+        def still(block: Block) -> Tensor:
+            return v.new_zeros(len(v), block.size)
+
+        return self._joined(v, still)
 
     def _joined(self, w: Tensor, frozen: Callable[[Block], Tensor]) -> Tensor:
-        free = {block.name: w[:, block.slice] for block in self.layout}
-        parts = [
-            free[block.name] if block.name in free else frozen(block) for block in self.net.layout
-        ]
+        places = {block.name: block.slice for block in self.layout}
+        parts = []
+        for block in self.net.layout:
+            place = places.get(block.name)
+            part = w[:, place] if place else frozen(block)
+            parts.append(part)
         return torch.cat(parts, 1)
 
     def _free(self, g: Tensor) -> Tensor:
-        return torch.cat([g[:, b.slice] for b in self.net.layout if b.name not in self.values], 1)
+        parts = [g[:, block.slice] for block in self._trained]
+        return torch.cat(parts, 1)
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         return self.net.outputs(self._full(w), x)
 
     def linearize(self, w: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
         outputs, pull = self.net.linearize(self._full(w), x)
-        return outputs, lambda c: self._free(pull(c))
+
+        def pull_free(c: Tensor) -> Tensor:
+            return self._free(pull(c))
+
+        return outputs, pull_free
 
     def pushforward(self, w: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return self.net.pushforward(self._full(w), x, self._tangent(v))
+        full = self._full(w)
+        return self.net.pushforward(full, x, self._tangent(v))
 
     def measured(self, x: Tensor) -> Self:
         net = replace(self, net=self.net.measured(x))
-        first = net.select(torch.zeros(2, dtype=torch.long))
-        return replace(net, degree=measured_degree(first, x, declared=self.degree))
+        rows = torch.zeros(2, dtype=torch.long)
+        first = net.select(rows)
+        degree = measured_degree(first, x, declared=self.degree)
+        return replace(net, degree=degree)
 
     def select(self, rows: Tensor) -> Self:
-        axes = {block.name: len(block.shape) for block in self.net.layout}
-        values = {
-            name: value if value.ndim == axes[name] else value[rows]
-            for name, value in self.values.items()
-        }
-        return replace(self, net=self.net.select(rows), values=values)
+        net = self.net.select(rows)
+        values = dict(self.values)
+        for block in net.layout:
+            value = values.get(block.name)
+            if value is not None and value.ndim > len(block.shape):
+                values[block.name] = value[rows]
+        return replace(self, net=net, values=values)
 
 
 def _require_value(block: Block, value: Any) -> None:
@@ -101,8 +122,8 @@ def _require_value(block: Block, value: Any) -> None:
             f"Frozen: got {block.name} = {value!r}, expected a tensor of finite numbers"
         )
     shape = tuple(value.shape)
-    axes = len(block.shape)
-    if shape[-axes:] != block.shape or len(shape) > axes + 1:
+    several = shape[1:] == block.shape
+    if shape != block.shape and not several:
         raise ValueError(
             f"Frozen: {block.name} has shape {shape}, expected {block.shape}, or one such array "
             "for each trajectory"

@@ -7,13 +7,13 @@ from itertools import repeat
 from typing import Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from flowsim.checks import require_instance, require_whole
 from flowsim.layout import Layout, lay_out
 from flowsim.nets.net import Net, Pullback, few_examples, measured_degree
+from flowsim.numerics.shapes import Rows
 
 
 @dataclass(frozen=True)
@@ -34,38 +34,54 @@ class FunctionNet(Net):
     checked: bool = field(default=False, repr=False)
 
     def _single(self, w: Tensor, x: Tensor) -> Tensor:
-        out = self.function({block.name: block.of(w) for block in self.layout}, x)
-        if out.ndim not in (1, 2) or out.shape[0] != x.shape[0]:
+        parameters = {block.name: block.of(w) for block in self.layout}
+        outputs = self.function(parameters, x)
+        shape = tuple(outputs.shape)
+        N = len(x)
+        if len(shape) not in (1, 2) or shape[0] != N:
             raise ValueError(
-                f"the net's output has shape {tuple(out.shape)}, expected (N,) or (N, C) with N = "
-                f"{x.shape[0]}"
+                f"the net's output has shape {shape}, expected (N,) or (N, C) with N = {N}"
             )
-        return out[:, None] if out.ndim == 1 else out
+        return outputs[:, None] if outputs.ndim == 1 else outputs
 
     def _batched(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """w (B, P) ↦ outputs (B, N, C) with x bound; x (B, N, d) gives each trajectory its own
         data."""
         own = x.ndim == 3
-        if not self.looped:
-            return lambda w: vmap(self._single, in_dims=(0, 0 if own else None))(w, x)
-        data = x if own else repeat(x)
-        return lambda w: torch.stack([self._single(*pair) for pair in zip(w, data, strict=False)])
+
+        def batched(w: Tensor) -> Tensor:
+            axis = 0 if own else None
+            return vmap(self._single, in_dims=(0, axis))(w, x)
+
+        def looped(w: Tensor) -> Tensor:
+            data = x if own else repeat(x)
+            outputs = [self._single(*pair) for pair in zip(w, data, strict=False)]
+            return torch.stack(outputs)
+
+        return looped if self.looped else batched
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         return self._batched(x)(w)
 
     def linearize(self, w: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
         outputs, pull = vjp(self._batched(x), w)  # type: ignore[misc]
-        return outputs.detach(), lambda c: pull(c)[0].detach()
+
+        def detached(c: Tensor) -> Tensor:
+            (gradient,) = pull(c)
+            return gradient.detach()
+
+        return outputs.detach(), detached
 
     def pushforward(self, w: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return jvp(self._batched(x), (w,), (v,))[1]
+        function = self._batched(x)
+        return jvp(function, (w,), (v,))[1]
 
     def measured(self, x: Tensor) -> Self:
         if self.checked:
             return self
         net = self._with_working_batch(few_examples(x))
-        return replace(net, degree=measured_degree(net, x, declared=self.degree), checked=True)
+        degree = measured_degree(net, x, declared=self.degree)
+        return replace(net, degree=degree, checked=True)
 
     def _with_working_batch(self, x: Tensor) -> Self:
         """This net, looping over trajectories where vmap refuses the function; says so in a
@@ -94,16 +110,19 @@ def Diagonal(inputs: int, depth: int = 2, *, signed: bool = False) -> FunctionNe
     ``β = w1 ∘ … ∘ w_depth`` (blocks w1, w2, …), or with ``signed`` ``β = u^depth − v^depth``
     entrywise (Woodworth et al. 2020), blocks u and v."""
     require_whole("Diagonal", inputs=inputs, depth=depth)
-    names = ["u", "v"] if signed else [f"w{l}" for l in range(1, depth + 1)]
 
     def difference(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return x @ (p["u"] ** depth - p["v"] ** depth)
+        beta = p["u"] ** depth - p["v"] ** depth
+        return x @ beta
 
     def product(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return x @ torch.stack([p[name] for name in names]).prod(0)
+        factors = torch.stack(list(p.values()))
+        return x @ factors.prod(0)
 
+    names = ["u", "v"] if signed else [f"w{l}" for l in range(1, depth + 1)]
     layout = lay_out(dict.fromkeys(names, (inputs,)))
-    return FunctionNet(difference if signed else product, layout, degree=depth, kinks=False)
+    function = difference if signed else product
+    return FunctionNet(function, layout, degree=depth, kinks=False)
 
 
 _KINKED = (
@@ -130,7 +149,8 @@ def ModuleNet(
     require_instance("ModuleNet", nn.Module, "a torch.nn.Module", module=module)
     for name, part in module.named_modules():
         where = f"{name or type(module).__name__} is {type(part).__name__}"
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+        random = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+        if random:
             raise ValueError(f"ModuleNet: {where}; expected a deterministic module")
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
@@ -148,10 +168,15 @@ def ModuleNet(
     def function(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(module, parameters, (x,))
 
-    return FunctionNet(function, lay_out(shapes), degree=degree, kinks=not smooth)
+    layout = lay_out(shapes)
+    return FunctionNet(function, layout, degree=degree, kinks=not smooth)
 
 
-def weights_of(module: nn.Module) -> Float[Tensor, "1 P"]:
+def weights_of(module: nn.Module) -> Rows:
     """A module's present parameters as one row of flat weights, in the order of its ModuleNet's
     layout."""
-    return torch.cat([p.detach().double().flatten() for p in module.parameters()])[None]
+    parts = []
+    for parameter in module.parameters():
+        values = parameter.detach().double()
+        parts.append(values.flatten())
+    return torch.cat(parts)[None]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -32,7 +33,8 @@ class MLP(Net):
 
     def __post_init__(self) -> None:
         widths = tuple(self.widths)
-        if len(widths) < 2 or not all(isinstance(n, int) and n > 0 for n in widths):
+        whole = all(isinstance(n, int) and n > 0 for n in widths)
+        if not whole or len(widths) < 2:
             raise ValueError(
                 f"MLP: got widths {list(widths)}, expected at least two positive integers, "
                 "try [64, 128, 1]"
@@ -43,8 +45,10 @@ class MLP(Net):
 
     @cached_property
     def layout(self) -> Layout:  # type: ignore[override]
-        pairs = zip(self.widths[1:], self.widths[:-1], strict=True)
-        return lay_out({f"W{l}": shape for l, shape in enumerate(pairs, 1)})
+        shapes = {}
+        for l, (n, m) in enumerate(pairwise(self.widths), 1):
+            shapes[f"W{l}"] = m, n
+        return lay_out(shapes)
 
     @property
     def degree(self) -> int:  # type: ignore[override]
@@ -66,7 +70,8 @@ class MLP(Net):
         return [block.of(w) for block in self.layout]
 
     def _forward(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tape]:
-        return kernels.forward(self.weights(w), x, self.activation)
+        weights = self.weights(w)
+        return kernels.forward(weights, x, self.activation)
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         outputs, _ = self._forward(w, x)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowsim.checks import require_not_negative
 from flowsim.layout import Layout
+from flowsim.numerics.shapes import Outputs, Row, Rows
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -35,49 +36,47 @@ class Net(ABC):
         return sum(block.size for block in self.layout)
 
     @abstractmethod
-    def outputs(self, w: Float[Tensor, "B P"], x: Tensor) -> Float[Tensor, "B N C"]:
+    def outputs(self, w: Rows, x: Tensor) -> Outputs:
         """f(x; w)."""
 
     @abstractmethod
-    def linearize(
-        self, w: Float[Tensor, "B P"], x: Tensor
-    ) -> tuple[Float[Tensor, "B N C"], Pullback]:
+    def linearize(self, w: Rows, x: Tensor) -> tuple[Outputs, Pullback]:
         """Outputs and the map c ↦ Jᵀc, which share one forward pass. c is ``(B, N, C)``, Jᵀc ``(B,
         P)``."""
 
     @abstractmethod
-    def pushforward(
-        self, w: Float[Tensor, "B P"], x: Tensor, v: Float[Tensor, "B P"]
-    ) -> Float[Tensor, "B N C"]:
+    def pushforward(self, w: Rows, x: Tensor, v: Rows) -> Outputs:
         """Jv, the derivative of the outputs along v."""
 
-    def pullback(self, w: Tensor, x: Tensor, c: Float[Tensor, "B N C"]) -> Float[Tensor, "B P"]:
+    def pullback(self, w: Tensor, x: Tensor, c: Outputs) -> Rows:
         """Jᵀc. At a kink one element of Clarke's set: the one that autograd returns."""
-        return self.linearize(w, x)[1](c)
+        _, pull = self.linearize(w, x)
+        return pull(c)
 
     def jacobian(self, w: Tensor, x: Tensor) -> Float[Tensor, "B N C P"]:
         """J, dense: for small nets and for tests."""
         outputs, pull = self.linearize(w, x)
-        units = torch.eye(outputs[0].numel(), dtype=w.dtype, device=w.device)
-        rows = [pull(unit.expand(len(w), -1).reshape_as(outputs)) for unit in units]
-        return torch.stack(rows, 1).unflatten(1, outputs.shape[1:])
+        _, N, C = outputs.shape
+        rows = []
+        for unit in torch.eye(N * C, dtype=w.dtype, device=w.device):
+            cotangent = unit.view(N, C).expand_as(outputs)
+            rows.append(pull(cotangent))
+        return torch.stack(rows, 1).unflatten(1, (N, C))
 
     def gram(self, w: Tensor, x: Tensor) -> Float[Tensor, "B NC NC"]:
         """JJᵀ, the neural tangent kernel."""
         J = self.jacobian(w, x).flatten(1, 2)
         return J @ J.mT
 
-    def init(self, seeds: int | Iterable[int] = 0, scale: float = 1.0) -> Float[Tensor, "B P"]:
+    def init(self, seeds: int | Iterable[int] = 0, scale: float = 1.0) -> Rows:
         """Gaussian weights, one row a seed: entries of a block are N(0, scale²/fan_in), vectors
         N(0, scale²).
 
         A seed gives the same row whatever the other seeds are. float64 on the CPU; move it where
         the run should be."""
         require_not_negative("init", scale=scale)
-        rows = [
-            self._drawn(int(seed), scale)
-            for seed in (seeds if isinstance(seeds, Iterable) else [seeds])
-        ]
+        several = seeds if isinstance(seeds, Iterable) else [seeds]
+        rows = [self._drawn(int(seed), scale) for seed in several]
         if not rows:
             raise ValueError(
                 "init: got no seeds, expected an integer or a non-empty sequence, "
@@ -85,13 +84,14 @@ class Net(ABC):
             )
         return torch.stack(rows)
 
-    def _drawn(self, seed: int, scale: float) -> Float[Tensor, " P"]:
+    def _drawn(self, seed: int, scale: float) -> Row:
         generator = torch.Generator().manual_seed(seed)
         parts = []
         for block in self.layout:
             fan_in = math.prod(block.shape[1:])
             draw = torch.randn(block.size, generator=generator, dtype=torch.float64)
-            parts.append(draw * (scale / fan_in**0.5))
+            deviation = scale / fan_in**0.5
+            parts.append(draw * deviation)
         return torch.cat(parts)
 
     def measured(self, x: Tensor) -> Self:
@@ -121,17 +121,22 @@ def measured_degree(net: Net, x: Tensor, *, declared: float | None = None) -> fl
         raise ValueError(
             "the net's outputs are all zero at random weights, so its degree cannot be measured"
         )
-    degrees, misfits = zip(
-        *(_fitted(f, net.outputs(c * w, x), c) for c in (0.5, 2, 3)), strict=True
-    )
-    if not (max(degrees) - min(degrees) <= 1e-6 and max(misfits) <= 1e-8):
+    degrees = []
+    misfits = []
+    for c in (0.5, 2, 3):
+        degree, misfit = _fitted(f, net.outputs(c * w, x), c)
+        degrees.append(degree)
+        misfits.append(misfit)
+    one = max(degrees) - min(degrees) <= 1e-6
+    if not one or not max(misfits) <= 1e-8:
+        got = ", ".join(f"{degree:.4g}" for degree in degrees)
         raise ValueError(
             "the net is not positively homogeneous in its weights: scaling them by ½, 2, 3 gives "
-            f"degrees {', '.join(f'{d:.4g}' for d in degrees)}; expected one degree, try a net "
-            "without biases or normalisation"
+            f"degrees {got}; expected one degree, try a net without biases or normalisation"
         )
-    mean = sum(degrees) / 3
-    degree = round(mean) if abs(mean - round(mean)) < 1e-6 else mean
+    degree = sum(degrees) / 3
+    if abs(degree - round(degree)) < 1e-6:
+        degree = round(degree)
     if declared is not None and abs(degree - declared) > 1e-6:
         raise ValueError(
             f"the net was declared homogeneous of degree {declared:g}, but its measured degree is "
@@ -148,6 +153,8 @@ def few_examples(x: Tensor) -> Float[Tensor, "n *d"]:
 
 def _fitted(f: Tensor, scaled: Tensor, c: float) -> tuple[float, float]:
     """The degree that the lengths of the outputs give, and the relative error of f c^degree."""
-    degree = float(torch.log(scaled.norm() / f.norm())) / math.log(c)
-    misfit = (scaled - c**degree * f).abs().max() / scaled.abs().max()
+    ratio = scaled.norm() / f.norm()
+    degree = float(torch.log(ratio)) / math.log(c)
+    errors = (scaled - c**degree * f).abs()
+    misfit = errors.max() / scaled.abs().max()
     return degree, float(misfit)

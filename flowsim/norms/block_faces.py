@@ -76,8 +76,8 @@ def onto_mixture(
     balls, v must lie outside the mixture."""
     rays = []
     for (face, v), kept in zip(blocks, tied.unbind(-1), strict=True):
-        part = torch.where(kept[..., None], v, 0.0)
-        rays.append(_Ray(face, part))
+        v = torch.where(kept[..., None], v, 0.0)
+        rays.append(_Ray(face, v))
     mixture = _Rays(rays, tied, power)
 
     def excess(mu: Tensor) -> Tensor:

@@ -101,6 +101,5 @@ class _Bracket:
         rising = phi**2 < xi
         falling = (1 - phi) ** 2 < 1 - xi
         from_x2 = f1 / (f2 - f1) * f3 / (f2 - f3)
-        ratio = (x3 - x1) / (x2 - x1)
-        from_x3 = ratio * f1 / (f3 - f1) * f2 / (f3 - f2)
+        from_x3 = (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (f3 - f2)
         return torch.where(rising & falling, from_x2 + from_x3, 0.5)

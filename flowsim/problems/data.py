@@ -35,14 +35,21 @@ def _for_seeds(
     draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int | Iterable[int]
 ) -> Data:
     """One data set for a seed, or a stack of them, one for each trajectory."""
+
+    def drawn(seed: int) -> Data:
+        generator = torch.Generator().manual_seed(int(seed))
+        x, y = draw(generator)
+        return Data(x, y)
+
     if not isinstance(seed, Iterable):
-        return Data(*draw(torch.Generator().manual_seed(int(seed))))
-    sets = [draw(torch.Generator().manual_seed(int(s))) for s in seed]
+        return drawn(seed)
+    sets = [drawn(one) for one in seed]
     if not sets:
         raise ValueError(
             "seed: got no seeds, expected an integer or a non-empty sequence, try seed=range(3)"
         )
-    return Data(*(torch.stack(parts) for parts in zip(*sets, strict=True)))
+    x, y = zip(*sets, strict=True)
+    return Data(torch.stack(x), torch.stack(y))
 
 
 def digits(
@@ -61,7 +68,9 @@ def digits(
 
     if part not in ("train", "test"):
         raise ValueError(f"digits: got part={part!r}, expected 'train' or 'test'")
-    if not (len(classes) == len(set(classes)) >= 2 and set(classes) <= set(range(10))):
+    different = set(classes)
+    known = different <= set(range(10))
+    if not known or not len(classes) == len(different) >= 2:
         expected = "at least two different digits 0 … 9"
         raise ValueError(f"digits: got classes {tuple(classes)}, expected {expected}")
     raw = load_digits()
@@ -69,17 +78,20 @@ def digits(
     chosen = torch.isin(names, torch.tensor(list(classes)))
     images = torch.from_numpy(raw.data)[chosen] / 16
     names = names[chosen]
-    if not (isinstance(n, int) and 0 < n < len(names)):
-        most = len(names) - 1
+    most = len(names) - 1
+    if not isinstance(n, int) or not 1 <= n <= most:
         raise ValueError(
             f"digits: got n={n}, expected 1 … {most}: these classes have {most + 1} images"
         )
-    labels = torch.stack([names == c for c in classes]).long().argmax(0)
-    labels = 2 * labels - 1 if len(classes) == 2 else labels
+    members = torch.stack([names == c for c in classes])
+    labels = members.long().argmax(0)
+    if len(classes) == 2:
+        labels = 2 * labels - 1
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(names), generator=generator)
-        rows = order[:n] if part == "train" else order[n:]
+        train, test = order.split([n, len(names) - n])
+        rows = train if part == "train" else test
         return images[rows], labels[rows]
 
     return _for_seeds(draw, seed)
@@ -100,7 +112,8 @@ def gaussian_separable(
         score = x @ u
         y = _signs(score >= 0)
         short = (margin - y * score).clamp_min(0)
-        return x + (short * y)[:, None] * u, y
+        moves = (short * y)[:, None] * u
+        return x + moves, y
 
     return _for_seeds(draw, seed)
 
@@ -121,11 +134,13 @@ def teacher_student(
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         inner = _normal(generator, teacher_width, d)
-        order = torch.rand(teacher_width, d, generator=generator).argsort(1)
+        places = torch.rand(teacher_width, d, generator=generator)
+        order = places.argsort(1)
         kept = order.argsort(1) < active
         outer = _normal(generator, teacher_width)
         x = _normal(generator, n, d)
-        score = torch.relu(x @ (inner * kept).T) @ outer
+        sparse = inner * kept
+        score = torch.relu(x @ sparse.T) @ outer
         return x, _signs(score >= 0)
 
     return _for_seeds(draw, seed)
@@ -138,6 +153,8 @@ def peers_net(
     a two-layer ReLU net from W ~ N(0, ¼/d), a ~ N(0, ¼/width)."""
     generator = torch.Generator().manual_seed(seed)
     x = _normal(generator, n, d)
-    y = _signs(torch.rand(n, generator=generator, dtype=torch.float64) >= 0.5)
+    coins = torch.rand(n, generator=generator, dtype=torch.float64)
+    y = _signs(coins >= 0.5)
     net = MLP([d, width, 1], activation=relu)
-    return Problem(net, x, y, exponential), net.init(seeds=seed, scale=0.5)
+    w = net.init(seeds=seed, scale=0.5)
+    return Problem(net, x, y, exponential), w

@@ -27,6 +27,7 @@ from torch import Tensor
 from flowsim.kernels import reference as kernels
 from flowsim.kernels.reference import Tape
 from flowsim.numerics.batched import bmm
+from flowsim.numerics.scaling import nonzero
 from flowsim.numerics.shapes import Outputs, PerKink, PerPair, PerTrajectory, Rows
 from flowsim.problems.losses import Loss
 
@@ -58,14 +59,26 @@ def parallels(
 
     A zero vector stands for itself.
     """
-    norm = torch.diagonal(gram, dim1=-2, dim2=-1).sqrt()
-    unit = torch.where(norm > 0, norm, 1.0)
-    cosine = gram / unit[..., :, None] / unit[..., None, :]
-    parallel = cosine.abs() > 1 - 256 * torch.finfo(gram.dtype).eps
+    norm = _lengths(gram)
+    divisor = nonzero(norm)
+    cosine = gram / divisor[..., :, None] / divisor[..., None, :]
+    rounding = 256 * torch.finfo(gram.dtype).eps
+    parallel = cosine.abs() > 1 - rounding
     first = parallel.to(gram).argmax(-1)  # of equal maxima the first
-    first = torch.where(norm > 0, first, torch.arange(gram.shape[-1], device=gram.device))
-    sign = cosine.gather(-1, first[..., None])[..., 0].sign()
-    return first, sign * norm / unit.gather(-1, first)
+    first = torch.where(norm > 0, first, _own_index(norm))
+    cosine = cosine.gather(-1, first[..., None])
+    sign = cosine[..., 0].sign()
+    multiple = sign * norm / divisor.gather(-1, first)
+    return first, multiple
+
+
+def _lengths(gram: Tensor) -> Float[Tensor, "*batch N"]:
+    squares = torch.diagonal(gram, dim1=-2, dim2=-1)
+    return squares.sqrt()
+
+
+def _own_index(norm: Tensor) -> Int[Tensor, " N"]:
+    return torch.arange(norm.shape[-1], device=norm.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,8 +88,8 @@ def parallels(
 
 def require_sides(method: str, sides: tuple[int, ...]) -> None:
     """Raises unless ``sides`` is a tuple of zeros and ones."""
-    known = isinstance(sides, tuple) and all(type(n) is int and n in (0, 1) for n in sides)
-    if not known:
+    known = isinstance(sides, tuple) and all(type(n) is int for n in sides)
+    if not known or not set(sides) <= {0, 1}:
         raise ValueError(
             f"{method}: got sides={sides!r}, expected 0 (z < 0) or 1 (z > 0) for each release in "
             f"turn, try {method}(sides=(0, 1))"
@@ -98,9 +111,12 @@ def release_sides(
     nearer = (multipliers >= 0.5).to(multipliers)
     if not sides:
         return nearer
-    turn = before[:, None].long() + released.cumsum(-1) - 1
-    asked = torch.tensor(sides).to(multipliers)[turn.clamp(0, len(sides) - 1)]
-    return torch.where(released & (turn < len(sides)), asked, nearer)
+    earlier = before[:, None].long()
+    turn = earlier + released.cumsum(-1) - 1
+    told = released & (turn < len(sides))
+    last = len(sides) - 1
+    asked = torch.tensor(sides).to(multipliers)
+    return torch.where(told, asked[turn.clamp(0, last)], nearer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,22 +151,31 @@ class TwoLayer:
         width: int,
     ) -> "TwoLayer":
         """One data set a trajectory, or one for all, which is then to be `expanded`."""
-        leak = float(activation.slope(x.new_tensor([-1.0]))[0])
+        negative = x.new_tensor([-1.0])
+        leak = float(activation.slope(negative))
         xx = x @ x.mT
-        return TwoLayer(x, xx, *parallels(xx), leak, y, loss, activation, width)
+        first, multiple = parallels(xx)
+        return TwoLayer(x, xx, first, multiple, leak, y, loss, activation, width)
 
     def expanded(self, trajectories: int) -> "TwoLayer":
         """One data set for each of these trajectories, where all share one."""
-        names = ("x", "xx", "representative", "coefficient")
-        data = {name: getattr(self, name) for name in names}
-        whole = {name: t.expand(trajectories, *t.shape[1:]) for name, t in data.items()}
-        return replace(self, **whole)
+
+        def whole(t: Tensor) -> Tensor:
+            return t.expand(trajectories, *t.shape[1:])
+
+        return replace(
+            self,
+            x=whole(self.x),
+            xx=whole(self.xx),
+            representative=whole(self.representative),
+            coefficient=whole(self.coefficient),
+        )
 
     @property
     def distinct(self) -> Bool[Tensor, "B N 1"]:
         """The inputs that carry kinks: not zero, and not parallel to an earlier one."""
-        nonzero = torch.diagonal(self.xx, dim1=-2, dim2=-1) > 0
-        return (self._first & nonzero)[..., None]
+        carries = self._first & (_lengths(self.xx) > 0)
+        return carries[..., None]
 
     @property
     def merged(self) -> bool:
@@ -159,7 +184,7 @@ class TwoLayer:
 
     @property
     def _first(self) -> Bool[Tensor, "B N"]:
-        return self.representative == torch.arange(self.x.shape[-2], device=self.x.device)
+        return self.representative == _own_index(self.representative)
 
     def gathered(self, jump: PerPair) -> PerPair:
         """Each representative with the jumps of its class; zero elsewhere."""
@@ -175,21 +200,24 @@ class TwoLayer:
             return multipliers
         index = self.representative[..., None].expand_as(multipliers)
         own = multipliers.gather(1, index)
-        return torch.where(self.coefficient[..., None] > 0, own, 1 - own)
+        along = self.coefficient[..., None] > 0
+        return torch.where(along, own, 1 - own)
 
     def at(self, w: Rows) -> "NetAt":
         """The net and its kinks at these weights. One forward pass."""
-        B = len(w)
         m = self.width
         d = self.x.shape[-1]
-        first = w[:, : m * d].view(B, m, d)
-        last = w[:, m * d :].view(B, -1, m)
+        inner = w[:, : m * d]
+        outer = w[:, m * d :]
+        first = inner.unflatten(1, (m, d))
+        last = outer.unflatten(1, (-1, m))
         z = bmm(self.x, first.mT)
         hidden = self.activation.value(z)
         outputs = bmm(hidden, last.mT)
         lam, cotangent = self.loss.ascent(outputs, self.y)
         force = bmm(cotangent, last)
-        return NetAt(self, first, last, z, hidden, outputs, lam.double(), cotangent, force)
+        lam = lam.double()
+        return NetAt(self, first, last, z, hidden, outputs, lam, cotangent, force)
 
 
 @dataclass(frozen=True)
@@ -210,37 +238,53 @@ class NetAt:
     @property
     def jump(self) -> PerPair:
         """Jumps of the representatives' kinks."""
-        return (1 - self.net.leak) * self.net.gathered(self.force)
+        force = self.net.gathered(self.force)
+        return (1 - self.net.leak) * force
 
     def slopes(self, multipliers: PerPair) -> PerPair:
         """φ' of every pair, from the representatives' multipliers."""
         leak = self.net.leak
-        return leak + (1 - leak) * self.net.spread(multipliers)
+        every = self.net.spread(multipliers)
+        return leak + (1 - leak) * every
 
     def tape(self, slopes: PerPair) -> Tape:
         """The net linearised with these slopes, as the kernels want it."""
-        return Tape((self.first, self.last), (self.net.x, self.hidden), (slopes,))
+        weights = self.first, self.last
+        inputs = self.net.x, self.hidden
+        return Tape(weights, inputs, (slopes,))
 
     def gradient(self, slopes: PerPair) -> Rows:
         """∇Λ with these slopes."""
-        first = bmm((self.force * slopes).mT, self.net.x)
+        pull = self.force * slopes
+        first = self._on_first(pull)
         last = bmm(self.cotangent.mT, self.hidden)
-        return torch.cat([first.flatten(1), last.flatten(1)], 1)
+        return torch.cat([first, last.flatten(1)], 1)
+
+    def _on_first(self, c: PerPair) -> Float[Tensor, "B md"]:
+        """Σ c_ij x_i in the place of w_j."""
+        first = bmm(c.mT, self.net.x)
+        return first.flatten(1)
 
     def along(self, v: Rows) -> PerPair:
         """How z changes along v: ⟨n, v⟩ for every pair."""
-        first = v[:, : self.first[0].numel()].view_as(self.first)
+        size = self.first[0].numel()
+        first = v[:, :size].view_as(self.first)
         return bmm(self.net.x, first.mT)
 
     def hinges(self) -> Hinges:
         """All kinks in a row, k = i·m + j."""
 
+        nothing = torch.zeros_like(self.last).flatten(1)
+
         def combine(c: PerKink) -> Rows:
-            first = bmm(c.view_as(self.z).mT, self.net.x)
-            return torch.cat([first.flatten(1), torch.zeros_like(self.last).flatten(1)], 1)
+            first = self._on_first(c.view_as(self.z))
+            return torch.cat([first, nothing], 1)
 
         def along(v: Rows) -> PerKink:
             return self.along(v).flatten(1)
 
-        base = self.gradient(self.slopes(torch.zeros_like(self.z)))
-        return Hinges(self.z.flatten(1), self.jump.flatten(1), base, combine, along)
+        off = torch.zeros_like(self.z)
+        base = self.gradient(self.slopes(off))
+        z = self.z.flatten(1)
+        jump = self.jump.flatten(1)
+        return Hinges(z, jump, base, combine, along)

@@ -197,5 +197,4 @@ def exponential_tail(
     def log_slope(q: Tensor) -> Tensor:
         return torch.log(slope(q)) - phi(q)
 
-    tail = Tail(name, log_value, log_slope, inverse)
-    return Loss(name, Signed(), tail)
+    return Loss(name, Signed(), Tail(name, log_value, log_slope, inverse))

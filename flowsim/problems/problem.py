@@ -53,7 +53,8 @@ class Problem:
             raise TypeError(f"Problem: got loss {self.loss!r}, expected {expected}")
         x = _inputs(self.x)
         net, C = _fitted(self.net, x)
-        y = checked_targets(self.y, self.loss.reading, self.loss.name, x.shape[:-1], C)
+        examples = x.shape[:-1]
+        y = checked_targets(self.y, self.loss.reading, self.loss.name, examples, C)
         vars(self).update(net=net, x=x, y=y)
 
     @property
@@ -92,7 +93,8 @@ class Problem:
 
     def lam(self, w: Rows) -> PerTrajectory:
         """Λ = log(1/𝓛), finite where 𝓛 itself underflows."""
-        return self.loss.lam(self.outputs(w), self.y)
+        outputs = self.outputs(w)
+        return self.loss.lam(outputs, self.y)
 
     def ascent(self, w: Rows) -> tuple[PerTrajectory, Rows]:
         """Λ and h = ∇Λ = −∇𝓛/𝓛."""
@@ -103,17 +105,21 @@ class Problem:
     def curvature(self, w: Rows) -> Float[Tensor, "B NC P"]:
         """FᵀJ, with J the Jacobian of the outputs and F the factor of the loss's curvature
         (`Loss.curvature`)."""
-        return self.loss.curved(self.outputs(w), self.y, self.net.jacobian(w, self.x))
+        outputs = self.outputs(w)
+        jacobian = self.net.jacobian(w, self.x)
+        return self.loss.curved(outputs, self.y, jacobian)
 
     def margins(self, w: Rows) -> Float[Tensor, "B N"]:
         """The margin of each example, y f(x) or f_y − max of the others: positive where it is
         classified right."""
-        return self.loss.reading.margins(self.outputs(w), self.y)
+        outputs = self.outputs(w)
+        return self.loss.reading.margins(outputs, self.y)
 
     def weights(self, w: Rows) -> Float[Tensor, "B M"]:
         """p = |ℓ'| / Σ|ℓ'|, the share of each example (of each pairwise gap, for that loss) in the
         descent."""
-        return self.loss.weights(self.outputs(w), self.y)
+        outputs = self.outputs(w)
+        return self.loss.weights(outputs, self.y)
 
     def two_layer(self, trajectories: int) -> TwoLayer:
         """The kinks of a two-layer net on these data. Raises for other nets."""
@@ -130,10 +136,12 @@ class Problem:
                 "path"
             )
         x = self.x if self._own_x else self.x[None]
-        return TwoLayer.on(x, self.y, self.loss, net.activation, net.widths[1])
+        _, width, _ = net.widths
+        return TwoLayer.on(x, self.y, self.loss, net.activation, width)
 
     def hinges(self, w: Rows) -> Hinges:
-        return self.two_layer(len(w)).at(w).hinges()
+        net = self.two_layer(len(w)).at(w)
+        return net.hinges()
 
     def check_weights(self, w: Tensor) -> None:
         require_weights(w, self.size)
@@ -168,8 +176,11 @@ class Problem:
         )
 
     def like(self, w: Tensor) -> Self:
-        y = self.y.to(w) if self.y.is_floating_point() else self.y.to(w.device)
-        return self._replaced(x=self.x.to(w), y=y)
+        x = self.x.to(w)
+        y = self.y.to(w.device)
+        if y.is_floating_point():
+            y = y.to(w)
+        return self._replaced(x=x, y=y)
 
     def with_data(self, x: Any, y: Any) -> "Problem":
         """The same net and loss on other data, such as a test set."""
@@ -226,5 +237,6 @@ def _fitted(net: Net, x: Tensor) -> tuple[Net, int]:
 
 def _outputs_of(net: Net, x: Tensor) -> int:
     one = net.select(torch.tensor([0]))
+    w = one.init(0).to(x)
     example = x.flatten(0, -2)[:1]
-    return one.outputs(one.init(0).to(x), example).shape[-1]
+    return one.outputs(w, example).shape[-1]

@@ -41,15 +41,18 @@ class _Form(ABC):
         """The level and its gradient."""
 
     def lam(self, w: Rows) -> PerTrajectory:
-        return self.ascent(w)[0]
+        level, _ = self.ascent(w)
+        return level
 
     def curvature(self, w: Rows) -> Float[Tensor, "B P P"]:
-        return self._square_root.to(w).expand(len(w), -1, -1)
+        root = self._square_root.to(w)
+        return root.expand(len(w), -1, -1)
 
     @cached_property
     def _square_root(self) -> Float[Tensor, "P P"]:
         values, basis = torch.linalg.eigh(self.matrix)
-        return (basis * values.clamp_min(0).sqrt()) @ basis.mT
+        roots = values.clamp_min(0).sqrt()
+        return (basis * roots) @ basis.mT
 
     def check_weights(self, w: Tensor) -> None:
         require_weights(w, self.size)
@@ -58,34 +61,49 @@ class _Form(ABC):
         return self
 
     def like(self, w: Tensor) -> Self:
-        names = (field.name for field in fields(self))  # type: ignore[arg-type]
-        parts = {name: getattr(self, name) for name in names}
-        moved = {name: part.to(w) for name, part in parts.items() if isinstance(part, Tensor)}
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            part = getattr(self, field.name)
+            if isinstance(part, Tensor):
+                moved[field.name] = part.to(w)
         return replace(self, **moved)  # type: ignore[type-var]
 
     def _hold(self, expected: str, **shapes: tuple[int, ...]) -> None:
         """Hold the parts as tensors like the first one. Raises where they have other shapes than
         these, in words ``expected``, are not finite, or make no quadratic form."""
         owner = type(self).__name__
-        parts = {name: as_floats(as_tensor(getattr(self, name), name)) for name in shapes}
-        if any(parts[name].shape != shape for name, shape in shapes.items()):
-            got = " and ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
+        parts = {}
+        for name in shapes:
+            given = as_tensor(getattr(self, name), name)
+            parts[name] = as_floats(given)
+        found = {name: tuple(part.shape) for name, part in parts.items()}
+        if found != shapes:
+            got = " and ".join(f"{name} {shape}" for name, shape in found.items())
             raise ValueError(f"{owner}: got {got}, expected {expected}")
-        (P,), H = shapes["minimiser"], parts["matrix"]
+        (P,) = shapes["minimiser"]
         if math.prod(self.shape or (P,)) != P:
             expected = f"one that holds {P} weights"
             raise ValueError(f"{owner}: got shape {self.shape}, expected {expected}")
-        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+        finite = [bool(torch.isfinite(part).all()) for part in parts.values()]
+        if not all(finite):
             raise ValueError(f"{owner}: got NaN or infinite entries, expected finite numbers")
-        rounding = 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max())
-        if float((H - H.T).abs().max()) > rounding or (
-            self.convex and float(torch.linalg.eigvalsh(H)[0]) < -rounding
-        ):
+        H = parts["matrix"]
+        if not _is_form(H, self.convex):
             form = "positive semidefinite, try HᵀH" if self.convex else "as (H + Hᵀ)/2 is"
             raise ValueError(f"{owner}: got a matrix that is not symmetric {form}")
         parts["matrix"] = 0.5 * (H + H.T)
         first = next(iter(parts.values()))
-        vars(self).update({name: part.to(first) for name, part in parts.items()})
+        held = {name: part.to(first) for name, part in parts.items()}
+        vars(self).update(held)
+
+
+def _is_form(H: Tensor, convex: bool) -> bool:
+    """Whether H is symmetric, and positive semidefinite where ``convex`` asks for it."""
+    rounding = 1e4 * torch.finfo(H.dtype).eps * float(H.abs().max())
+    skew = float((H - H.T).abs().max())
+    if skew > rounding:
+        return False
+    return not convex or float(torch.linalg.eigvalsh(H)[0]) >= -rounding
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,8 @@ class Quadratic(_Form):
     def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
         r = w - self.minimiser
         h = -(r @ self.matrix)
-        return 0.5 * (h * r).sum(-1), h
+        level = 0.5 * (h * r).sum(-1)
+        return level, h
 
     def hinges(self, w: Tensor) -> Hinges:
         raise ValueError("a quadratic has no kinks")
@@ -142,7 +161,8 @@ class PiecewiseQuadratic(_Form):
     convex: bool = False
 
     def __post_init__(self) -> None:
-        K, P = (as_tensor(getattr(self, name), name).numel() for name in ("weights", "slope"))
+        K = as_tensor(self.weights, "weights").numel()
+        P = as_tensor(self.slope, "slope").numel()
         zero = torch.zeros(P, P, dtype=torch.float64)
         if self.matrix is None:
             vars(self).update(matrix=zero)
@@ -156,7 +176,8 @@ class PiecewiseQuadratic(_Form):
             matrix=(P, P),
             minimiser=(P,),
         )
-        if bool((self.normals == 0).all(-1).any()):
+        vanishing = (self.normals == 0).all(-1)
+        if bool(vanishing.any()):
             raise ValueError(
                 "PiecewiseQuadratic: got a normal that is zero, expected none: it makes no kink"
             )
@@ -164,21 +185,27 @@ class PiecewiseQuadratic(_Form):
     def ascent(self, w: Tensor) -> tuple[Tensor, Tensor]:
         r = w - self.minimiser
         z = w @ self.normals.mT
-        smooth = 0.5 * (r @ self.matrix * r).sum(-1)
-        level = -smooth - w @ self.slope - z.clamp_min(0) @ self.weights
+        Hr = r @ self.matrix
+        smooth = 0.5 * (Hr * r).sum(-1)
+        kinked = z.clamp_min(0) @ self.weights
+        level = -smooth - w @ self.slope - kinked
         above = (z > 0).to(w) * self.weights
-        return level, -(r @ self.matrix) - self.slope - above @ self.normals
+        h = -Hr - self.slope - above @ self.normals
+        return level, h
 
     def hinges(self, w: Tensor) -> Hinges:
         first, multiple = parallels(self.normals @ self.normals.mT)
-        jump = torch.zeros_like(self.weights).index_add(0, first, -self.weights * multiple.abs())
+        jumps = -self.weights * multiple.abs()
+        jump = torch.zeros_like(self.weights).index_add(0, first, jumps)
         # of −c max(⟨n, w⟩, 0) with n opposite to its representative, D = 0 is the side where it
         # slopes
-        sloping = (self.weights * (multiple < 0)) @ self.normals
+        opposite = self.weights * (multiple < 0)
+        Hr = (w - self.minimiser) @ self.matrix
+        base = -Hr - self.slope - opposite @ self.normals
         return Hinges(
             z=w @ self.normals.mT,
             jump=jump.expand(len(w), -1),
-            base=-((w - self.minimiser) @ self.matrix) - self.slope - sloping,
+            base=base,
             combine=lambda c: c @ self.normals,
             along=lambda v: v @ self.normals.mT,
         )

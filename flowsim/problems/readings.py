@@ -54,7 +54,7 @@ def checked_targets(
 ) -> Tensor:
     """What users pass as targets, in the reading's own form."""
     y = as_tensor(y, "y")
-    if y.is_floating_point() and not torch.isfinite(y).all():
+    if not torch.isfinite(y).all():
         raise ValueError("y: got NaN or infinite entries, expected finite targets")
     return reading.as_targets(y, loss, examples, outputs)
 
@@ -76,17 +76,21 @@ class Signed(Reading):
                 "or loss=flowsim.cross_entropy or flowsim.pairwise_exponential"
             )
         labels = _labels(y, examples)
+        got = f"y: got labels {_shown(labels)}"
         expected = "expected −1 and +1, or 0 and 1"
         if {-1.0, 0.0} <= labels:
-            raise ValueError(
-                f"y: got labels {_shown(labels)}, which mix two conventions; {expected}"
-            )
+            raise ValueError(f"{got}, which mix two conventions; {expected}")
         if not (labels <= {-1.0, 1.0} or labels <= {0.0, 1.0}):
-            raise ValueError(f"y: got labels {_shown(labels)}, {expected}")
-        return torch.where(y > 0, 1.0, -1.0).double()
+            raise ValueError(f"{got}, {expected}")
+        signs = torch.where(y > 0, 1.0, -1.0)
+        return signs.double()
 
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
-        return self.margins(f, y), lambda c: (c * y)[..., None]
+        def back(c: Tensor) -> Tensor:
+            cotangent = c * y
+            return cotangent[..., None]
+
+        return self.margins(f, y), back
 
     def hessian(self, f: Tensor, y: Tensor, slope: Tensor, second: Tensor) -> Tensor:
         return second[..., None, None]
@@ -107,10 +111,11 @@ class OfClasses(Reading):
                 "try more outputs, or loss=flowsim.logistic"
             )
         labels = _labels(y, examples)
+        classes = range(outputs)
         expected = f"0 … {outputs - 1}"
         if not all(label.is_integer() for label in labels):
             raise ValueError(f"y: got class labels that are not integers, expected {expected}")
-        if not labels <= set(range(outputs)):
+        if not labels <= set(classes):
             raise ValueError(
                 f"y: got classes {_shown(labels)}, expected integers {expected}, because the net "
                 f"has {outputs} outputs"
@@ -118,8 +123,8 @@ class OfClasses(Reading):
         return y.long()
 
     def margins(self, f: Tensor, y: Tensor) -> Tensor:
-        wrong = f.masked_fill(_one_hot(f, y), -torch.inf)
-        return _at_label(f, y) - wrong.amax(-1)
+        rivals = _rivals(f, y)
+        return _at_label(f, y) - rivals.amax(-1)
 
 
 class Pairwise(OfClasses):
@@ -128,41 +133,47 @@ class Pairwise(OfClasses):
 
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
         wrong = ~_one_hot(f, y)
-        gaps = (_at_label(f, y)[..., None] - f)[wrong].view(len(f), -1)
+        gaps = f.gather(-1, _index(f, y)) - f
+        B = len(f)
+        q = gaps[wrong].view(B, -1)
 
         def back(c: Tensor) -> Tensor:
             rivals = torch.zeros_like(f).masked_scatter(wrong, -c)
-            return rivals.scatter(-1, _index(f, y), -rivals.sum(-1, keepdim=True))
+            total = rivals.sum(-1, keepdim=True)
+            return rivals.scatter(-1, _index(f, y), -total)
 
-        return gaps, back
+        return q, back
 
     def hessian(self, f: Tensor, y: Tensor, slope: Tensor, second: Tensor) -> Tensor:
         label = _one_hot(f, y)
         rivals = torch.zeros_like(f).masked_scatter(~label, second)
-        each = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        C = f.shape[-1]
+        each = torch.eye(C, dtype=f.dtype, device=f.device)
         gap = label.to(f)[..., None, :] - each  # ∂(f_y − f_j)/∂f in row j
-        return (gap * rivals[..., None]).mT @ gap
+        weighted = gap * rivals[..., None]
+        return weighted.mT @ gap
 
 
 class SoftPairwise(OfClasses):
     """q = −log Σ_{j≠y} e^{f_j − f_y}, the soft minimum of an example's pairwise gaps."""
 
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
-        rivals = f.masked_fill(_one_hot(f, y), -torch.inf)
+        rivals = _rivals(f, y)
         q = _at_label(f, y) - torch.logsumexp(rivals, -1)
 
         def back(c: Tensor) -> Tensor:
-            to_rivals = -c[..., None] * torch.softmax(rivals, -1)
-            return to_rivals.scatter(-1, _index(f, y), c[..., None])
+            column = c[..., None]
+            to_rivals = -column * torch.softmax(rivals, -1)
+            return to_rivals.scatter(-1, _index(f, y), column)
 
         return q, back
 
     def hessian(self, f: Tensor, y: Tensor, slope: Tensor, second: Tensor) -> Tensor:
-        label = _one_hot(f, y)
-        p = torch.softmax(f.masked_fill(label, -torch.inf), -1)  # of the rivals
-        dq = label.to(f) - p
+        p = torch.softmax(_rivals(f, y), -1)
+        dq = _one_hot(f, y).to(f) - p
         covariance = torch.diag_embed(p) - _outer(p)  # −∂²q/∂f²
-        return second[..., None, None] * _outer(dq) + slope[..., None, None] * covariance
+        convex = second[..., None, None] * _outer(dq)
+        return convex + slope[..., None, None] * covariance
 
 
 class Residual(Reading):
@@ -175,15 +186,23 @@ class Residual(Reading):
         full = (*examples, outputs)
         shared = (examples[-1], outputs)
         shape = tuple(y.shape)
+        y = y.double()
         if shape in (full, shared):
-            return y.double()
-        if outputs == 1 and shape in (full[:-1], shared[:-1]):
-            return y.double()[..., None]
+            return y
+        alone = shape in (full[:-1], shared[:-1])
+        if alone and outputs == 1:
+            return y[..., None]
         raise ValueError(f"y: got shape {shape}, expected {full}: one target for each output")
 
     def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
-        target = y if y.shape[-2:] == f.shape[-2:] else y[..., None]
-        return (f - target).flatten(1), lambda c: c.view_as(f)
+        if y.shape[-2:] != f.shape[-2:]:
+            y = y[..., None]
+        residual = f - y
+
+        def back(c: Tensor) -> Tensor:
+            return c.view_as(f)
+
+        return residual.flatten(1), back
 
     def hessian(self, f: Tensor, y: Tensor, slope: Tensor, second: Tensor) -> Tensor:
         return torch.diag_embed(second.view_as(f))
@@ -195,7 +214,13 @@ class Residual(Reading):
 
 
 def _one_hot(f: Outputs, y: Tensor) -> Bool[Tensor, "B N C"]:
-    return F.one_hot(y, f.shape[-1]).bool().expand_as(f)
+    label = F.one_hot(y, f.shape[-1]).bool()
+    return label.expand_as(f)
+
+
+def _rivals(f: Outputs, y: Tensor) -> Outputs:
+    """The outputs of the wrong classes, −∞ at the right one."""
+    return f.masked_fill(_one_hot(f, y), -torch.inf)
 
 
 def _index(f: Outputs, y: Tensor) -> Tensor:
@@ -203,7 +228,8 @@ def _index(f: Outputs, y: Tensor) -> Tensor:
 
 
 def _at_label(f: Outputs, y: Tensor) -> Float[Tensor, "B N"]:
-    return f.gather(-1, _index(f, y))[..., 0]
+    right = f.gather(-1, _index(f, y))
+    return right[..., 0]
 
 
 def _outer(v: Outputs) -> Float[Tensor, "B N C C"]:
@@ -215,9 +241,13 @@ def _labels(y: Tensor, examples: torch.Size) -> set[float]:
     if y.shape not in (examples, examples[-1:]):
         expected = f"{tuple(examples)}: one label for each example"
         raise ValueError(f"y: got shape {tuple(y.shape)}, expected {expected}")
-    return set(torch.unique(y).double().tolist())
+    labels = torch.unique(y).double()
+    return set(labels.tolist())
 
 
 def _shown(labels: set[float]) -> str:
-    first = ", ".join(f"{label:g}" for label in sorted(labels)[:6])
-    return f"{{{first}{', …' if len(labels) > 6 else ''}}}"
+    first = sorted(labels)[:6]
+    shown = [f"{label:g}" for label in first]
+    if len(labels) > 6:
+        shown.append("…")
+    return f"{{{', '.join(shown)}}}"

@@ -29,8 +29,13 @@ class Tail:
 
     def fall(self, q: Tensor) -> Tensor:
         """−ℓ''/ℓ', at which rate the slope of a decreasing tail falls."""
-        decay = self.decay or torch.func.grad(lambda q: -self.log_slope(q).sum())
-        return decay(q)
+        if self.decay:
+            return self.decay(q)
+
+        def fallen(q: Tensor) -> Tensor:
+            return -self.log_slope(q).sum()
+
+        return torch.func.grad(fallen)(q)
 
 
 def _log_logistic(q: Tensor) -> Tensor:
@@ -40,8 +45,10 @@ def _log_logistic(q: Tensor) -> Tensor:
     underflow."""
     large = q > 30
     middle = torch.where(large, torch.zeros_like(q), q)
-    series = -q + torch.log1p(-0.5 * torch.exp(-q))
-    return torch.where(large, series, torch.log(-F.logsigmoid(middle)))
+    z = torch.exp(-q)
+    series = -q + torch.log1p(-0.5 * z)
+    plain = torch.log(-F.logsigmoid(middle))
+    return torch.where(large, series, plain)
 
 
 def _log_logistic_slope(q: Tensor) -> Tensor:
@@ -55,12 +62,15 @@ def _logistic_inverse(lam: Tensor) -> Tensor:
     tiny = loss < 1e-8
     large = loss > 1
     middle = torch.where(tiny | large, torch.ones_like(loss), loss)
-    small = torch.where(tiny, lam - loss / 2, -torch.log(torch.expm1(middle)))
-    return torch.where(large, -loss - torch.log1p(-torch.exp(-loss)), small)
+    plain = -torch.log(torch.expm1(middle))
+    small = torch.where(tiny, lam - loss / 2, plain)
+    beyond = -loss - torch.log1p(-torch.exp(-loss))
+    return torch.where(large, beyond, small)
 
 
 def _logistic_decay(q: Tensor) -> Tensor:
-    return torch.exp(F.logsigmoid(q))  # torch.sigmoid rounds by an element's place in the batch
+    log_sigmoid = F.logsigmoid(q)
+    return torch.exp(log_sigmoid)  # torch.sigmoid rounds by an element's place in the batch
 
 
 def _log_half_square(r: Tensor) -> Tensor:
