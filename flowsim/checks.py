@@ -5,7 +5,8 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -96,6 +97,18 @@ def require_exponent(p: float, ends: str) -> None:
     """Raise ValueError where ``p`` is not in (1, ∞); ``ends`` are the norms at the ends."""
     if not 1 < p < math.inf:
         raise ValueError(f"got p = {p}, expected 1 < p < infinity, try {ends} for the ends")
+
+
+def as_ladder(owner: str, ladder: Sequence[float]) -> tuple[float, ...]:
+    """Steps, coarse to fine. Raises ValueError unless three or more fall towards 0."""
+    steps = tuple(float(step) for step in ladder)
+    falling = all(0 < b < a < math.inf for a, b in pairwise(steps))
+    if len(steps) < 3 or not falling:
+        raise ValueError(
+            f"{owner}: got ladder={steps}, expected at least three falling steps, "
+            "try (0.1, 0.05, 0.025)"
+        )
+    return steps
 
 
 def require_weights(w: Tensor, size: int) -> None:

@@ -71,3 +71,10 @@ def test_arrays_become_tensors():
     ):
         with pytest.raises(TypeError, match=match):
             checks.as_tensor(bad, "x")
+
+
+def test_a_ladder_has_three_steps_that_fall():
+    assert checks.as_ladder("study", [1, 0.5, 0.1]) == (1.0, 0.5, 0.1)
+    for ladder in ([0.1, 0.05], [0.1, 0.1, 0.05], [0.1, 0.2, 0.05], [0.2, 0.1, 0.0]):
+        with pytest.raises(ValueError, match=r"study: got ladder=.*three falling steps, try"):
+            checks.as_ladder("study", ladder)

@@ -6,7 +6,7 @@ is a number instead of a doubt."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, margin
+from flowsim.diagnostics.series import as_array
 from flowsim.flow.steepest import SteepestFlow, suited
 from flowsim.flow.steps import Method
 from flowsim.motion.clocks import SavePlan
@@ -22,6 +23,7 @@ from flowsim.motion.state import State
 from flowsim.problems.problem import Problem
 from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
+from flowsim.study.comparison import stacked_weights
 
 Sides = tuple[int, ...]
 
@@ -48,7 +50,8 @@ class BranchFan:
     def releases(self) -> Float[np.ndarray, "F B"]:
         """Releases in the whole run; those beyond the first k took the nearer side."""
         finals = [run.final for run in self.branches.values()]
-        return np.stack([final.tallies["releases"].cpu().numpy() for final in finals])
+        counts = [as_array(final.tallies["releases"]) for final in finals]
+        return np.stack(counts)
 
     def spread(self, name: str) -> Float[np.ndarray, "K B *shape"]:
         """Largest less smallest of a value over the branches, at each save; NaN where a branch has
@@ -61,15 +64,13 @@ class BranchFan:
 
         Raises ValueError where the runs did not keep their weights.
         """
-        kept = [run.weights for run in self.branches.values() if run.weights is not None]
-        if len(kept) < len(self):
-            raise ValueError(
-                "weights_spread: the runs hold no weights, expected them at each save; "
-                "try fewer saves"
-            )
-        size = np.linalg.norm(kept[0], axis=-1)
-        apart = [np.linalg.norm(a - b, axis=-1) for i, a in enumerate(kept) for b in kept[:i]]
-        return np.max(apart, axis=0) / size if apart else 0 * size
+        weights = stacked_weights("weights_spread", self.branches.values())
+        size = np.linalg.norm(weights[0], axis=-1)
+        pairs = combinations(weights, 2)
+        apart = [np.linalg.norm(a - b, axis=-1) for a, b in pairs]
+        if not apart:
+            return 0 * size
+        return np.max(apart, axis=0) / size
 
 
 def branch_fan(
@@ -114,7 +115,8 @@ def branch_fan(
 
 def _releasing(flow: SteepestFlow, problem: Problem) -> Method:
     """The flow's method, if it takes sides."""
-    method = flow.method or suited(flow.norm.bind(problem.layout), problem)
+    norm = flow.norm.bind(problem.layout)
+    method = flow.method or suited(norm, problem)
     if not hasattr(method, "sides"):
         raise ValueError(
             f"branch_fan: got the method {method!r}, which releases no kinks, "

@@ -2,7 +2,7 @@
 both have come equally far."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, classifies, margin
-from flowsim.diagnostics.series import positive
+from flowsim.diagnostics.series import Series, as_array, positive
 from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, Clock, SavePlan, Target, at_points
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
@@ -36,6 +36,18 @@ PLACES = (*EQUAL, "nearest")
 
 
 APART = ("weights", "direction", "outputs")
+
+
+Flat: TypeAlias = Float[Tensor, "B P"]
+"""Flat weights of each trajectory."""
+
+
+PerInterval: TypeAlias = Float[np.ndarray, "K-1 B"]
+"""A number of each trajectory from one save to the next."""
+
+
+Values: TypeAlias = dict[str, Float[np.ndarray, "K B *shape"]]
+"""Readings, observations and distances by name, at each save."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Comparison:
 
     flow: Trajectory
     runs: dict[str, Trajectory]
-    matched: dict[str, dict[str, dict[str, Float[np.ndarray, "K B *shape"]]]]
+    matched: dict[str, dict[str, Values]]
     """``matched[label][at][name]``: the flow's values at the points that the save points are held
     against."""
 
@@ -72,20 +84,22 @@ class Comparison:
             return there[f"apart_{what}"]
         ours = self.runs[label][what]
         theirs = there[what]
+        differ = ours != theirs
         same = np.zeros_like(ours)  # also log t = −∞ at the start
-        return np.subtract(ours, theirs, out=same, where=ours != theirs)
+        return np.subtract(ours, theirs, out=same, where=differ)
 
     def _checked(self, key: Any) -> tuple[str, str, str]:
-        if not (isinstance(key, tuple) and len(key) == 3):
+        three = isinstance(key, tuple) and len(key) == 3
+        if not three:
             raise KeyError(
                 f"comparison: got {key!r}, expected [label, what, at], "
                 'try ["…", "weights", "log_time"]'
             )
-        label, what, at = key
-        for value, known in ((label, self.labels), (at, PLACES), (what, self._measured)):
+        choices = (self.labels, self._measured, PLACES)
+        for value, known in zip(key, choices, strict=True):
             if value not in known:
                 raise KeyError(f"comparison: got {value!r}, expected one of {', '.join(known)}")
-        return label, what, at
+        return key
 
     @property
     def _measured(self) -> list[str]:
@@ -99,34 +113,42 @@ class Comparison:
     def labels(self) -> list[str]:
         return list(self.runs)
 
-    def slopes(self, label: str) -> tuple[Float[np.ndarray, "K-1 B"], Float[np.ndarray, "K-1 B"]]:
+    def slopes(self, label: str) -> tuple[PerInterval, PerInterval]:
         """dΛ/ds, the mean from save to save, of a run and of the flow between the same values of
         Λ."""
         run = self.runs[label]
         there = self.matched[label]["lam"]
-        return _slope(run["lam"], run["arclength"]), _slope(there["lam"], there["arclength"])
+        ours = _slope(run["lam"], run["arclength"])
+        flows = _slope(there["lam"], there["arclength"])
+        return ours, flows
 
     def write(self, path: str | Path) -> Path:
         """Write all distances as a CSV file: a row for each run, place, trajectory and save point,
         with the run's readings of the clocks. Returns the path."""
-        names = [what for what in self._measured if what in APART or self.flow[what].ndim == 2]
-        header = ["run", "at", "trajectory", "save", *EQUAL, *(f"apart_{name}" for name in names)]
+        names = [what for what in self._measured if self._is_number(what)]
+        distances = [f"apart_{name}" for name in names]
+        header = ["run", "at", "trajectory", "save", *EQUAL, *distances]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for (label, run), at in product(self.runs.items(), PLACES):
+                readings = [run[clock] for clock in EQUAL]
                 apart = [self[label, name, at] for name in names]
-                columns = np.stack([run[clock] for clock in EQUAL] + apart)
+                columns = np.stack(readings + apart)
                 for b, k in np.ndindex(len(run), columns.shape[1]):
                     numbers = [f"{value:.12g}" for value in columns[:, k, b]]
                     writer.writerow([label, at, b, k, *numbers])
         return Path(path)
 
+    def _is_number(self, what: str) -> bool:
+        """Whether it is one number of each trajectory."""
+        return what in APART or self.flow[what].ndim == 2
 
-def _slope(
-    lam: Float[np.ndarray, "K B"], length: Float[np.ndarray, "K B"]
-) -> Float[np.ndarray, "K-1 B"]:
-    return np.diff(lam, axis=0) / positive(np.diff(length, axis=0))
+
+def _slope(lam: Series, length: Series) -> PerInterval:
+    rise = np.diff(lam, axis=0)
+    walked = np.diff(length, axis=0)
+    return rise / positive(walked)
 
 
 def compare(
@@ -165,26 +187,32 @@ def compare(
         _require_weights(label, run, start)
         runs[label] = run
     traced = Traced(flow)
-    walked = simulate(problem, traced, w0, until=_on_time(until, runs), **options)
+    until = _on_time(until, runs)
+    walked = simulate(problem, traced, w0, until=until, **options)
     _go_on(problem, traced, walked.final, runs, max_steps)
     path = TracedPath.of(problem, traced)
-    matched = {label: _matched(problem, path, run, observe) for label, run in runs.items()}
+    matched = {}
+    for label, run in runs.items():
+        matched[label] = _matched(problem, path, run, observe)
     return Comparison(walked, runs, matched)
 
 
 def _margins(problem: Objective, flow: Rule) -> dict[str, Observer]:
     if not classifies(problem):
         return {}
+    norms: list[Norm] = [L1(), L2(), Linf()]
     own = getattr(flow, "norm", None)
-    norms = [L1(), L2(), Linf(), *([own] if isinstance(own, Norm) else [])]
+    if isinstance(own, Norm):
+        norms.append(own)
     return {f"margin_{norm.name}": margin(norm) for norm in norms}
 
 
 def _labelled(rules: Rules) -> dict[str, Rule | Trajectory]:
     if isinstance(rules, Mapping):
         return dict(rules)
+    several = rules if isinstance(rules, Sequence) else [rules]
     named: dict[str, Rule | Trajectory] = {}
-    for rule in rules if isinstance(rules, Sequence) else [rules]:
+    for rule in several:
         if rule.label in named:
             raise ValueError(
                 f"compare: got two rules labelled {rule.label!r}, expected different labels, "
@@ -200,11 +228,23 @@ def _require_weights(label: str, run: Trajectory, start: Tensor) -> None:
             f"compare: {label!r} holds no weights, expected them at each save point; "
             "try fewer saves"
         )
-    given = start.detach().cpu().double().numpy()
+    given = as_array(start)
     if not np.array_equal(run.weights[0], given):
         raise ValueError(
             f"compare: {label!r} begins at other weights than w0, expected one start of all runs"
         )
+
+
+def stacked_weights(owner: str, runs: Iterable[Trajectory]) -> Float[np.ndarray, "R K B P"]:
+    """The weights of all runs at their common saves. Raises ValueError where they hold none."""
+    kept = []
+    for run in runs:
+        if run.weights is None:
+            raise ValueError(
+                f"{owner}: the runs hold no weights, expected them at each save; try fewer saves"
+            )
+        kept.append(run.weights)
+    return np.stack(kept)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +259,8 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
     if until.clock is not STEPS:
         return until
     times = [_common_times(run) for run in runs.values()]
-    points = max(times, key=lambda t: (len(t), t[-1:]), default=())
+    reach = [(len(points), points[-1:]) for points in times]
+    points = times[reach.index(max(reach))] if times else ()
     if not points:
         raise ValueError(
             "compare: got runs without a step that all their trajectories take, "
@@ -231,8 +272,10 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
 def _common_times(run: Trajectory) -> tuple[float, ...]:
     """Medians over trajectories of log t at the save points that all have reached, after the
     start."""
-    known = run["log_time"][np.isfinite(run["log_time"]).all(1)]
-    return tuple(float(t) for t in np.unique(np.median(known, axis=1)))
+    log_t = run["log_time"]
+    common = np.isfinite(log_t).all(1)
+    medians = np.median(log_t[common], axis=1)
+    return tuple(np.unique(medians).tolist())
 
 
 def _go_on(
@@ -244,30 +287,39 @@ def _go_on(
         return
     begun = state.attempts
     for clock in EQUAL.values():
-        shown = [_come_to(run.final, clock).to(state.step_size) for run in runs.values()]
-        goal = Target(clock, torch.stack(shown).amax(0))
+        shown = [_come_to(run.final, clock, state) for run in runs.values()]
+        furthest = torch.stack(shown).amax(0)
+        goal = Target(clock, furthest)
         state = traced.start(problem, state)
-        left = max_steps - int((state.attempts - begun).max())
-        if left > 0 and bool(pending(state, goal).any()):
+        attempts = state.attempts - begun
+        left = max_steps - int(attempts.max())
+        behind = pending(state, goal)
+        if left > 0 and bool(behind.any()):
             state = traced.advance(problem, state, goal, left)
 
 
-def _come_to(final: State, clock: Clock) -> Float[Tensor, " B"]:
+def _come_to(final: State, clock: Clock, like: State) -> Float[Tensor, " B"]:
     """What the clock shows at the end, −∞ for a trajectory that has failed."""
     failed = final.status == Status.NONFINITE
-    return torch.where(failed, -torch.inf, final.readings[clock.reading])
+    shown = final.readings[clock.reading]
+    reached = torch.where(failed, -torch.inf, shown)
+    return reached.to(like.step_size)
 
 
 def _matched(
     problem: Objective, path: TracedPath, run: Trajectory, observe: Mapping[str, Observer]
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, Values]:
     """The flow's values beside each save point of a run, by the place they are taken at."""
     weights = torch.from_numpy(run.weights).to(path.steps.w0)  # (K, B, P)
-    points = {"nearest": (path.nearest(weights), torch.isfinite(weights).all(-1))}
+    found = {}
     for place, clock in EQUAL.items():
-        shown = torch.from_numpy(run[place]).to(path.steps.lam_slope0)
-        points[place] = path.at(clock, shown)
-    return {place: _values(problem, *points[place], weights, observe) for place in PLACES}
+        shown = torch.from_numpy(run[place])
+        point, inside = path.at(clock, shown.to(path.steps.lam_slope0))
+        found[place] = _values(problem, point, inside, weights, observe)
+    nearest = path.nearest(weights)
+    known = torch.isfinite(weights).all(-1)
+    found["nearest"] = _values(problem, nearest, known, weights, observe)
+    return found
 
 
 def _values(
@@ -276,40 +328,50 @@ def _values(
     inside: Tensor,
     weights: Tensor,
     observe: Mapping[str, Observer],
-) -> dict[str, np.ndarray]:
+) -> Values:
     """Readings, observations and distances ``(K, B, …)`` at the points of ``state``, NaN where not
     ``inside``."""
     several = []
     # save by save, because an observer may hold data of its own for each trajectory
-    saves = torch.arange(len(state.w), device=state.w.device).view_as(inside)
-    for rows, w in zip(saves, weights, strict=True):
-        point = state.select(rows)
+    rows = torch.arange(inside.numel(), device=inside.device)
+    saves = rows.view_as(inside)
+    for save, w in zip(saves, weights, strict=True):
+        point = state.select(save)
+        values = dict(point.readings)
         with torch.no_grad():
-            seen = {name: measure(problem, point) for name, measure in observe.items()}
-            several.append(point.readings | seen | _apart(problem, w, point.w))
+            for name, measure in observe.items():
+                values[name] = measure(problem, point)
+            values |= _apart(problem, w, point.w)
+        several.append(values)
     found = {}
     for name in several[0]:
-        value = torch.stack([values[name].detach().double() for values in several])
-        known = inside.view(*inside.shape, *[1] * (value.ndim - 2))
-        found[name] = torch.where(known, value, torch.nan).cpu().numpy()
+        arrays = [as_array(values[name]) for values in several]
+        numbers = np.stack(arrays)
+        axes = [1] * (numbers.ndim - 2)
+        known = inside.view(*inside.shape, *axes)
+        found[name] = np.where(known.cpu(), numbers, np.nan)
     return found
 
 
-def _apart(
-    problem: Objective, w: Float[Tensor, "B P"], v: Float[Tensor, "B P"]
-) -> dict[str, Float[Tensor, " B"]]:
-    pairs = {"weights": (w, v), "direction": (_unit(w), _unit(v))}
+def _apart(problem: Objective, w: Flat, v: Flat) -> dict[str, Tensor]:
+    """Distances from the flow's weights v, ``(B,)``."""
+    found = {}
+    found["apart_weights"] = _relative(w, v)
+    found["apart_direction"] = _relative(_unit(w), _unit(v))
     if isinstance(problem, Problem):
-        pairs["outputs"] = (problem.outputs(w).flatten(1), problem.outputs(v).flatten(1))
-    return {f"apart_{what}": _relative(a, b) for what, (a, b) in pairs.items()}
+        ours = problem.outputs(w).flatten(1)
+        flows = problem.outputs(v).flatten(1)
+        found["apart_outputs"] = _relative(ours, flows)
+    return found
 
 
 def _relative(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
     """‖a − b‖₂/‖b‖₂; 0 where both are at the origin."""
     apart = (a - b).norm(dim=-1)
-    return torch.where(apart == 0, apart, apart / b.norm(dim=-1))
+    ratio = apart / b.norm(dim=-1)
+    return torch.where(apart == 0, apart, ratio)
 
 
-def _unit(w: Tensor) -> Tensor:
+def _unit(w: Flat) -> Flat:
     size = w.norm(dim=-1, keepdim=True)
     return torch.where(size > 0, w / size, w)

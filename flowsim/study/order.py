@@ -4,14 +4,14 @@ with an interval."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from flowsim.checks import as_ladder
 from flowsim.diagnostics.margins import Observer
-from flowsim.diagnostics.series import positive
+from flowsim.diagnostics.series import Column, positive
 from flowsim.motion.clocks import SavePlan
 from flowsim.motion.rule import Rule
 from flowsim.motion.state import State
@@ -27,7 +27,7 @@ class Order:
     ``high`` that holds the median of the seeds' distribution with probability ``coverage``,
     whatever that distribution is."""
 
-    each: Float[np.ndarray, " B"]
+    each: Column
     median: float
     low: float
     high: float
@@ -38,7 +38,7 @@ class Order:
         return f"{self.median:.3f} ({interval}, {self.coverage:.1%} interval of the median)"
 
     @staticmethod
-    def of(each: Float[np.ndarray, " B"], confidence: float = 0.95) -> "Order":
+    def of(each: Column, confidence: float = 0.95) -> "Order":
         """The narrowest interval between the k-th smallest and the k-th largest that covers the
         median with ``confidence``, or all of them: 1 − 2·P(fewer than k of n fair coins fall
         heads). NaNs are left out."""
@@ -46,10 +46,14 @@ class Order:
         n = len(known)
         if n == 0:
             return Order(each, math.nan, math.nan, math.nan, 0.0)
-        below = np.cumsum([math.comb(n, k) for k in range(n)]) / 2.0**n
-        k = max((k for k in range((n + 1) // 2) if 1 - 2 * below[k] >= confidence), default=0)
-        coverage = max(0.0, 1 - 2 * below[k])
-        return Order(each, float(np.median(known)), known[k], known[n - 1 - k], coverage)
+        ways = [math.comb(n, k) for k in range(n)]
+        below = np.cumsum(ways) / 2.0**n
+        covered = 1 - 2 * below
+        half = range((n + 1) // 2)
+        k = max((k for k in half if covered[k] >= confidence), default=0)
+        coverage = max(0.0, covered[k])
+        median = float(np.median(known))
+        return Order(each, median, known[k], known[n - 1 - k], coverage)
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,21 @@ class OrderStudy:
     def distances(self, what: str = "weights", at: str = "log_time") -> Float[np.ndarray, "R B"]:
         """The largest distance of each run over its save points, as `Comparison` measures it; NaN
         for a run that has stopped."""
-        apart = [np.abs(self.comparison[label, what, at]) for label in self.comparison.labels]
-        return np.stack([d.reshape(*d.shape[:2], -1).max((0, 2)) for d in apart])
+        largest = []
+        for label in self.comparison.labels:
+            apart = np.abs(self.comparison[label, what, at])
+            flat = apart.reshape(*apart.shape[:2], -1)
+            largest.append(flat.max((0, 2)))
+        return np.stack(largest)
 
     def order(self, what: str = "weights", at: str = "log_time") -> Order:
         """p of a least-squares line log distance = p log η + c through the ladder, for each
         trajectory."""
         y = np.log(positive(self.distances(what, at)))
-        x = np.log(self.ladder) - np.mean(np.log(self.ladder))
-        return Order.of(x @ (y - y.mean(0)) / (x @ x))
+        log_lr = np.log(self.ladder)
+        x = log_lr - log_lr.mean()
+        centred = y - y.mean(0)
+        return Order.of(x @ centred / (x @ x))
 
 
 def order_study(
@@ -94,12 +104,7 @@ def order_study(
 
     Give the flow an ``rtol`` that leaves it more exact than the finest run. ``until`` is best
     `flowsim.time`, or for normalised rules `flowsim.arclength`."""
-    ladder = tuple(float(lr) for lr in ladder)
-    if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
-        raise ValueError(
-            f"order_study: got ladder={ladder}, expected at least three falling rates, "
-            "try (0.1, 0.05, 0.025)"
-        )
+    ladder = as_ladder("order_study", ladder)
     rules = {f"η = {lr:g}": method(lr) for lr in ladder}
     if len(rules) < len(ladder):
         raise ValueError(

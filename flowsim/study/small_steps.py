@@ -13,18 +13,18 @@ whether there is a limit at all is a matter of trying."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from flowsim.checks import as_ladder
 from flowsim.descent.small_step import SmallStep
 from flowsim.descent.steepest import SteepestDescent
 from flowsim.diagnostics.margins import Observer, classifies, margin
-from flowsim.diagnostics.series import positive
+from flowsim.diagnostics.series import Column, as_array, positive
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
 from flowsim.motion.rule import pending
@@ -34,12 +34,17 @@ from flowsim.problems.objective import Objective
 from flowsim.run.events import Event
 from flowsim.run.simulation import simulate
 from flowsim.run.trajectory import Trajectory
+from flowsim.study.comparison import stacked_weights
 from flowsim.velocity.selection import select
 
 _WATCHED = 500  # steps that decide whether a run stalls
 
 
 _IDLE = 0.02  # of their predicted gain: a run that gains less stalls
+
+
+Sides: TypeAlias = Bool[Tensor, "B K"]
+"""A yes or no for each kink: whether z > 0, or whether it was crossed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class SmallStepLimit:
     ladder: tuple[float, ...]
     runs: tuple[Trajectory, ...]
     stalled: Bool[np.ndarray, " B"]
-    slope: Float[np.ndarray, " B"]
+    slope: Column
 
     @property
     def finest(self) -> Trajectory:
@@ -64,29 +69,31 @@ class SmallStepLimit:
     def __getitem__(self, name: str) -> Float[np.ndarray, "R K B *shape"]:
         """A value of all runs at the common saves; ``"direction"`` is w/‖w‖₂."""
         if name == "direction":
-            weights = [run.weights for run in self.runs if run.weights is not None]
-            if len(weights) < len(self.runs):
-                raise ValueError(
-                    "direction: the runs hold no weights, expected them at each save; "
-                    "try fewer saves"
-                )
-            return np.stack([w / np.linalg.norm(w, axis=-1, keepdims=True) for w in weights])
-        return np.stack([run[name] for run in self.runs])
+            weights = stacked_weights("direction", self.runs)
+            length = np.linalg.norm(weights, axis=-1, keepdims=True)
+            return weights / length
+        values = [run[name] for run in self.runs]
+        return np.stack(values)
 
     def differences(self, name: str) -> Float[np.ndarray, "R-1 K B"]:
         """What each run changes against the one before, over the largest value of all runs and
         saves."""
         value = self[name]
         value = value.reshape(*value.shape[:3], -1)
-        change = np.linalg.norm(np.diff(value, axis=0), axis=-1)
-        scale = np.nanmax(np.linalg.norm(value, axis=-1), axis=(0, 1))
-        return change / np.where(scale > 0, scale, 1.0)
+        change = np.diff(value, axis=0)
+        difference = np.linalg.norm(change, axis=-1)
+        size = np.linalg.norm(value, axis=-1)
+        largest = np.nanmax(size, axis=(0, 1))
+        scale = np.where(largest > 0, largest, 1.0)
+        return difference / scale
 
     def order(self, name: str) -> Float[np.ndarray, "R-2 K B"]:
         """p, where a difference falls like the step to the p; NaN where nothing differs."""
         d = positive(self.differences(name))
-        shrink = -np.diff(np.log(self.ladder))[1:]
-        return np.log(d[:-1] / d[1:]) / shrink[:, None, None]
+        fall = np.log(d[:-1] / d[1:])
+        log_steps = np.log(self.ladder)
+        shrink = -np.diff(log_steps)[1:]
+        return fall / shrink[:, None, None]
 
     def error(self, name: str) -> Float[np.ndarray, "K B"]:
         """Richardson's estimate of what the finest run is off, on the scale of `differences`.
@@ -96,13 +103,16 @@ class SmallStepLimit:
         larger: one may be small by chance."""
         ratio = self.ladder[-2] / self.ladder[-1]
         before, last = self.differences(name)[-2:]
-        p = np.clip(np.nan_to_num(self.order(name)[-1], nan=1.0), 0.5, 1.0)
-        return np.maximum(last, before / ratio) / (ratio**p - 1)
+        order = self.order(name)[-1]
+        p = np.clip(np.nan_to_num(order, nan=1.0), 0.5, 1.0)
+        d = np.maximum(last, before / ratio)
+        return d / (ratio**p - 1)
 
     def verdicts(self, name: str = "margin", tol: float = 0.01) -> list[str]:
         """One sentence for each trajectory: whether ``name`` has converged to ``tol`` at all saves,
         on the scale of `differences`, or why not."""
-        return [self._verdict(b, name, tol) for b in range(len(self.finest))]
+        trajectories = range(len(self.finest))
+        return [self._verdict(b, name, tol) for b in trajectories]
 
     def _verdict(self, b: int, name: str, tol: float) -> str:
         if self.stalled[b]:
@@ -111,7 +121,8 @@ class SmallStepLimit:
         error = self.error(name)[:, b]
         last = self.differences(name)[-1, :, b]
         if not np.isfinite(error).all():
-            stops = ", ".join(run.statuses[b].name for run in self.runs)
+            names = [run.statuses[b].name for run in self.runs]
+            stops = ", ".join(names)
             level = self._level(b)
             return f"not reached: the runs stopped with {stops}, the finest at level {level:.4g}"
         if error.max() > tol:
@@ -136,7 +147,8 @@ class SmallStepLimit:
         return f"stalls at a non-stationary point: {rises}"
 
     def _level(self, b: int) -> float:
-        return float(self.finest.final.readings["lam"][b])
+        lam = self.finest.final.readings["lam"]
+        return float(lam[b])
 
 
 def small_step_limit(
@@ -163,12 +175,7 @@ def small_step_limit(
     most ``max_steps`` steps and coarser ones in proportion to their steps, so that all may go
     equally far; ``options`` are those of `simulate`. A run that gains next to nothing of what its
     steps predict is watched for a while longer, to tell a stall from slow progress."""
-    ladder = tuple(float(step) for step in ladder)
-    if len(ladder) < 3 or not all(0 < b < a < math.inf for a, b in pairwise(ladder)):
-        raise ValueError(
-            f"small_step_limit: got ladder={ladder}, expected at least three falling steps, "
-            "try (0.1, 0.05, 0.025)"
-        )
+    ladder = as_ladder("small_step_limit", ladder)
     if observe is None:
         observe = {"margin": margin(norm)} if classifies(problem) else {}
     options |= {"until": until, "observe": observe}
@@ -176,8 +183,10 @@ def small_step_limit(
     for step in ladder:
         most = math.ceil(max_steps * ladder[-1] / step)
         rule = SmallStep(norm, dlam=step, relative=step)
-        runs.append(simulate(problem, rule, w0, max_steps=most, **options))
-    return SmallStepLimit(ladder, tuple(runs), *_stalls(problem, norm, runs[-1], ladder[-1]))
+        run = simulate(problem, rule, w0, max_steps=most, **options)
+        runs.append(run)
+    stalled, slope = _stalls(problem, norm, runs[-1], ladder[-1])
+    return SmallStepLimit(ladder, tuple(runs), stalled, slope)
 
 
 def gain_ratio(
@@ -194,21 +203,40 @@ def gain_ratio(
     A State of a flow carries the multipliers of the kinks that ``w0`` is on.
     """
     norm = flow.norm.bind(problem.layout)
-    start = flow.start(problem.like(w0.w if isinstance(w0, State) else w0), w0)
+    w = w0.w if isinstance(w0, State) else w0
+    start = flow.start(problem.like(w), w0)
     nowhere = {"arclength": torch.zeros_like(start.step_size)}
     start = replace(start, readings=start.readings | nowhere)
-
-    def away(problem: Objective, state: State) -> Tensor:
-        return norm.value(state.w - start.w)
-
-    walked = simulate(problem, flow, start, until=arclength([length]), observe={"away": away})
-    net = torch.from_numpy(walked["away"][-1]).to(start.w)
-    there = Event(lambda problem, state: away(problem, state) / net, 1.0, stop=True)
+    until = arclength([length])
+    observe = {"away": _away(norm, start.w)}
+    walked = simulate(problem, flow, start, until=until, observe=observe)
+    net = torch.from_numpy(walked["away"][-1])
+    rise = walked["lam"][-1] - walked["lam"][0]
     rule = SteepestDescent(flow.norm, length / tiny, normalized=True)
-    stepped = simulate(problem, rule, start.w, until=steps([10 * tiny]), events={"there": there})
-    found = stepped.events["there"]
-    gained = (found["lam"] - stepped["lam"][0]) / found["value"]
-    return torch.from_numpy((walked["lam"][-1] - walked["lam"][0]) / gained)
+    gained = _gain_of_steps(problem, rule, start.w, net.to(w), most=10 * tiny)
+    return torch.from_numpy(rise / gained)
+
+
+def _away(norm: Norm, start: Tensor) -> Observer:
+    """‖w − w₀‖."""
+    return lambda problem, state: norm.value(state.w - start)
+
+
+def _gain_of_steps(
+    problem: Objective, rule: SteepestDescent, w: Tensor, net: Tensor, most: int
+) -> Column:
+    """The rise of Λ by steps from w until they are ``net`` away, NaN where ``most`` steps are not."""
+    away = _away(rule.norm.bind(problem.layout), w)
+
+    def covered(problem: Objective, state: State) -> Tensor:
+        return away(problem, state) / net
+
+    there = Event(covered, 1.0, stop=True)
+    until = steps([most])
+    run = simulate(problem, rule, w, until=until, events={"there": there})
+    found = run.events["there"]
+    rise = found["lam"] - run["lam"][0]
+    return rise / found["value"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,30 +251,35 @@ def _stalls(
     do."""
     stalled = _efficiency(run) < 0.1
     slope = np.full(len(run), np.nan)
-    if stalled.any():
-        problem = problem.like(run.final.w)
-        rule = SmallStep(norm, dlam=step, relative=step)
-        end, more, crossed = _watched(problem, rule, run.final)
-        stalled &= (more["lam"] < _IDLE * more["dissipated"]).cpu().numpy()
-        if stalled.any() and crossed is not None:
-            ahead = _slope_ahead(problem, norm, end.w, crossed, more["arclength"] / _WATCHED)
-            slope[stalled] = ahead.cpu().numpy()[stalled]
+    if not stalled.any():
+        return stalled, slope
+    problem = problem.like(run.final.w)
+    rule = SmallStep(norm, dlam=step, relative=step)
+    end, more, crossed = _watched(problem, rule, run.final)
+    idle = more["lam"] < _IDLE * more["dissipated"]
+    stalled &= idle.cpu().numpy()
+    if crossed is not None and stalled.any():
+        length = more["arclength"] / _WATCHED
+        ahead = _slope_ahead(problem, norm, end.w, crossed, length)
+        slope[stalled] = as_array(ahead)[stalled]
     return stalled, slope
 
 
-def _efficiency(run: Trajectory) -> Float[np.ndarray, " B"]:
+def _efficiency(run: Trajectory) -> Column:
     """The rise of Λ over what the steps predicted, from the last save that was reached before the
     end."""
     done = [status is Status.DONE for status in run.statuses]
-    last = np.isfinite(run["lam"]).sum(0) - 1 - done, np.arange(len(run))
-    end = {name: reading.cpu().numpy() for name, reading in run.final.readings.items()}
-    gained, predicted = (end[name] - run[name][last] for name in ("lam", "dissipated"))
+    reached = np.isfinite(run["lam"]).sum(0)
+    last = (reached - 1 - done, np.arange(len(run)))
+    end = run.final.readings
+    gained = as_array(end["lam"]) - run["lam"][last]
+    predicted = as_array(end["dissipated"]) - run["dissipated"][last]
     return gained / positive(predicted)
 
 
 def _watched(
     problem: Objective, rule: SmallStep, state: State
-) -> tuple[State, dict[str, Tensor], Bool[Tensor, "B K"] | None]:
+) -> tuple[State, dict[str, Tensor], Sides | None]:
     """Some more steps: where they end, what they add to the readings, and which kinks they cross
     (None if not known)."""
     state = rule.start(problem, state)
@@ -257,17 +290,18 @@ def _watched(
     while bool(pending(state, until).any()):
         state = rule.advance(problem, state, until, 1)
         if crossed is not None:
-            after = _sides(problem, state.w)
-            crossed = crossed | (after != side)
-            side = after
-    more = {name: state.readings[name] - before[name] for name in before}
+            here = _sides(problem, state.w)
+            crossed = crossed | (here != side)
+            side = here
+    after = state.readings
+    more = {name: after[name] - before[name] for name in before}
     return state, more, crossed
 
 
-def _sides(problem: Objective, w: Tensor) -> Bool[Tensor, "B K"] | None:
+def _sides(problem: Objective, w: Tensor) -> Sides | None:
     """On which side of its kinks w is; None for nets whose kinks are not at hand."""
     if not problem.kinks:
-        return torch.zeros(len(w), 0, dtype=torch.bool, device=w.device)
+        return w[:, :0] > 0
     try:
         return problem.hinges(w).z > 0
     except ValueError:
@@ -278,15 +312,17 @@ def _slope_ahead(
     problem: Objective,
     norm: Norm,
     w: Float[Tensor, "B P"],
-    crossed: Bool[Tensor, "B K"],
+    crossed: Sides,
     length: Float[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
     """The slope of the steepest flow at w, taken to be on the crossed kinks; zero if straight on by
     ``length``, one step, Λ does not rise by half of what the slope says."""
     multipliers = None
     if problem.kinks:
-        multipliers = torch.where(crossed, 0.5, (problem.hinges(w).z > 0).to(w))
+        side = problem.hinges(w).z > 0
+        multipliers = torch.where(crossed, 0.5, side.to(w))
     flow = select(problem, norm, w, multipliers)
-    ahead = w + length.to(w)[:, None] * flow.direction
-    gained = problem.lam(ahead) - problem.lam(w)
-    return torch.where(gained > 0.5 * length * flow.dual, flow.dual, 0.0)
+    step = length.to(w)[:, None] * flow.direction
+    gained = problem.lam(w + step) - problem.lam(w)
+    rises = gained > 0.5 * length * flow.dual
+    return torch.where(rises, flow.dual, 0.0)

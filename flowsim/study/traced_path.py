@@ -46,7 +46,8 @@ class Traced:
             before = state
             state = self.rule.advance(problem, state, until, 1)
             self._keep(before, state)
-            if not bool(pending(state, until).any()):
+            behind = pending(state, until)
+            if not bool(behind.any()):
                 break
         return state
 
@@ -56,7 +57,8 @@ class Traced:
         return self.rule.refined(problem, state, u, point)
 
     def _keep(self, before: State, state: State) -> None:
-        if not bool((state.readings["steps"] > before.readings["steps"]).any()):
+        moved = state.readings["steps"] > before.readings["steps"]
+        if not bool(moved.any()):
             return
         step = state.segment
         if step is None and isinstance(self.rule, Refining):
@@ -65,15 +67,16 @@ class Traced:
                 "flowsim's own"
             )
         taken = len(self.steps)
-        if (taken + 1) * state.w.numel() > _MOST:
+        numbers = (taken + 1) * state.w.numel()
+        if numbers > _MOST:
             raise ValueError(
                 f"{self.label}: got a path of more than {taken} steps, expected at most {_MOST} "
                 "numbers to keep; try fewer trajectories, a shorter run or a looser rtol"
             )
         if step is None:
-            self.steps.append(_chord(before, state))
-        else:
-            self.steps.append(replace(step, multipliers0=None, multipliers1=None))
+            step = _chord(before, state)
+        kept = replace(step, multipliers0=None, multipliers1=None)
+        self.steps.append(kept)
 
 
 def _chord(a: State, b: State) -> Segment:
@@ -81,7 +84,18 @@ def _chord(a: State, b: State) -> Segment:
     move = b.w - a.w
     rise = b.readings["lam"] - a.readings["lam"]
     even = torch.zeros_like(rise)
-    return Segment(a.w, b.w, move, move, a.readings, b.readings, rise, rise, even, even)
+    return Segment(
+        w0=a.w,
+        w1=b.w,
+        slope0=move,
+        slope1=move,
+        readings0=a.readings,
+        readings1=b.readings,
+        lam_slope0=rise,
+        lam_slope1=rise,
+        time_rate0=even,
+        time_rate1=even,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,57 +114,70 @@ class TracedPath:
         """The path that a rule has left. Raises ValueError if it has not moved."""
         if not traced.steps:
             raise ValueError(f"{traced.label}: got a run without a step, expected a path")
-        return TracedPath(problem, tree_map(lambda *steps: torch.stack(steps), *traced.steps))
+        steps = tree_map(lambda *several: torch.stack(several), *traced.steps)
+        return TracedPath(problem, steps)
 
     def at(self, clock: Clock, values: Float[Tensor, "K B"]) -> tuple[State, Bool[Tensor, "K B"]]:
         """Where the clock first shows these values, and which of them it shows: beyond the end it
         is the end."""
-        ends = self.steps.readings1[clock.reading].cummax(0).values  # (S, B)
-        index = torch.searchsorted(ends.T.contiguous(), values.T.contiguous()).T
+        shown = self.steps.readings1[clock.reading]
+        ends = shown.cummax(0).values  # (S, B)
+        sought = values.T.contiguous()
+        index = torch.searchsorted(ends.T.contiguous(), sought).T
         inside = index < len(ends)
         step = self._step(index.clamp_max(len(ends) - 1))
         reached = torch.where(inside, values, torch.inf)
-        u = step.locate(Target(clock, reached.flatten()))
+        target = Target(clock, reached.flatten())
+        u = step.locate(target)
         return self._state(step, u), inside
 
     def nearest(self, w: Float[Tensor, "K B P"]) -> State:
         """Where the path is nearest to these weights in ℓ2: in one of the two steps that meet in
         the nearest end."""
-        ends = torch.cat([self.steps.w0[:1], self.steps.w1])
+        start = self.steps.w0[:1]
+        ends = torch.cat([start, self.steps.w1])
         exact = "donot_use_mm_for_euclid_dist"
-        apart = torch.cdist(w.transpose(0, 1), ends.transpose(0, 1), compute_mode=exact)
-        apart = apart.nan_to_num(torch.inf).transpose(0, 1)  # (K, B, S + 1)
+        sides = (w.transpose(0, 1), ends.transpose(0, 1))
+        distances = torch.cdist(*sides, compute_mode=exact)  # (B, K, S + 1)
+        apart = distances.nan_to_num(torch.inf).transpose(0, 1)
         # a trajectory that rests while others move repeats its end: one step leads to the first,
         # one leaves the last
         first = apart.argmin(-1)
-        last = len(ends) - 1 - apart.flip(-1).argmin(-1)
+        behind = apart.flip(-1).argmin(-1)
+        last = len(ends) - 1 - behind
+        leading = self._step((first - 1).clamp_min(0))
+        leaving = self._step(last.clamp_max(len(ends) - 2))
         near = w.flatten(0, 1)
-        before = _closest(self._step((first - 1).clamp_min(0)), near)
-        after = _closest(self._step(last.clamp_max(len(ends) - 2)), near)
-        chosen = before.distance <= after.distance  # (K·B,)
-        nearest = tree_map(lambda a, b: torch.where(_column(chosen, a), a, b), before, after)
+        before = _closest(leading, near)
+        after = _closest(leaving, near)
+        nearest = _nearer(before, after)
         return self._state(nearest.step, nearest.u)
 
     def _step(self, index: Tensor) -> Segment:
         """The steps of this ``index (K, B)``, one for each row of a batch of K·B."""
-        columns = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        return tree_map(lambda t: t[index, columns].flatten(0, 1), self.steps)
+        trajectories = torch.arange(index.shape[1], device=index.device)
+        columns = trajectories.expand_as(index)
+
+        def chosen(t: Tensor) -> Tensor:
+            return t[index, columns].flatten(0, 1)
+
+        return tree_map(chosen, self.steps)
 
     def _state(self, step: Segment, u: Tensor) -> State:
         w, readings = step.at(u)
-        lam = self.problem_of(len(u)).lam(w).double()
+        problem = self.problem_of(len(u))
+        lam = problem.lam(w).double()
         readings["lam"] = torch.where(u < 1, lam, readings["lam"])
         status = torch.zeros_like(u, dtype=torch.long)
-        return State(w, readings, {}, status, step_size=u * torch.nan, memory={})
+        unknown = u * torch.nan
+        return State(w, readings, {}, status, step_size=unknown, memory={})
 
     def problem_of(self, rows: int) -> Objective:
         """The objective of the K·B trajectories of a reading."""
-        columns = torch.arange(self.steps.w0.shape[1], device=self.steps.w0.device)
-        return self.problem.select(columns.repeat(rows // len(columns)))
-
-
-def _column(chosen: Bool[Tensor, " R"], like: Tensor) -> Tensor:
-    return chosen.view(-1, *[1] * (like.ndim - 1))
+        w0 = self.steps.w0
+        columns = torch.arange(w0.shape[1], device=w0.device)
+        readings = rows // len(columns)
+        return self.problem.select(columns.repeat(readings))
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,8 @@ def _closest(step: Segment, w: Float[Tensor, "R P"]) -> _Nearest:
     plain = replace(step, readings0={}, readings1={})
 
     def distance(u: Tensor) -> Tensor:
-        return (plain.at(u)[0] - w).norm(dim=-1).double()
+        at, _ = plain.at(u)
+        return (at - w).norm(dim=-1).double()
 
     start = torch.zeros_like(step.lam_slope0)
     low = start
@@ -179,7 +207,20 @@ def _closest(step: Segment, w: Float[Tensor, "R P"]) -> _Nearest:
         left = distance(a) <= distance(b)
         low = torch.where(left, low, a)
         high = torch.where(left, b, high)
-    u = torch.stack([start, 0.5 * (low + high), start + 1])
+    middle = 0.5 * (low + high)
+    u = torch.stack([start, middle, start + 1])
     apart = torch.stack([distance(row) for row in u])
     best = apart.nan_to_num(torch.inf).argmin(0, keepdim=True)
-    return _Nearest(step, u.gather(0, best)[0], apart.gather(0, best)[0])
+    nearest = u.gather(0, best)[0]
+    return _Nearest(step, nearest, apart.gather(0, best)[0])
+
+
+def _nearer(a: _Nearest, b: _Nearest) -> _Nearest:
+    """Of each pair the nearer one."""
+    nearer = a.distance <= b.distance  # (R,)
+
+    def chosen(x: Tensor, y: Tensor) -> Tensor:
+        column = nearer.view(-1, *[1] * (x.ndim - 1))
+        return torch.where(column, x, y)
+
+    return tree_map(chosen, a, b)
