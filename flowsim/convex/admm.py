@@ -24,7 +24,8 @@ class Form:
     b: Row
 
     def gradient(self, u: Tensor) -> Tensor:
-        return (self.C @ u) @ self.C + self.ridge * u - self.b
+        bent = (self.C @ u) @ self.C
+        return bent + self.ridge * u - self.b
 
     def solver(self, n: Float[Tensor, "K P"], rho: float) -> Callable[[Tensor], Tensor]:
         """r ↦ (∇²q + ρ(1 + nᵀn))⁻¹ r, by the smaller of both Gram matrices (Woodbury)."""
@@ -32,12 +33,17 @@ class Form:
         shift = self.ridge + rho
         wide = len(A) < A.shape[1]
         gram = A @ A.mT if wide else A.mT @ A
-        root = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(A))
+        eye = torch.eye(len(gram)).to(A)
+        root = torch.linalg.cholesky(gram + shift * eye)
 
         def solve(r: Tensor) -> Tensor:
             return torch.cholesky_solve(r[:, None], root)[:, 0]
 
-        return (lambda r: (r - A.mT @ solve(A @ r)) / shift) if wide else solve
+        def by_rows(r: Tensor) -> Tensor:
+            along = A.mT @ solve(A @ r)
+            return (r - along) / shift
+
+        return by_rows if wide else solve
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class _Iterate:
     z: Float[Tensor, " K"]
     y: Row
     f: Float[Tensor, " K"]
+
+    @staticmethod
+    def begin(x: Row, z: Float[Tensor, " K"]) -> "_Iterate":
+        return _Iterate(x, z, torch.zeros_like(x), torch.zeros_like(z))
 
     def after(
         self,
@@ -93,12 +103,12 @@ def split(
 
     Over-relaxed, with a penalty ρ that balances both residuals (Boyd et al. 2011; Stellato et al.
     2020). ``project`` goes to the set and ``prox(v, ρ)`` minimises r(z) + ½ρ‖z − v‖²."""
-    rho = _largest(q.gradient(start)) / _largest(start) if bool(start.any()) else 1.0
-    rho = rho if rho > 1e-100 else 1.0
+    rho = _first_penalty(q, start)
     solve = q.solver(n, rho)
-    at = _Iterate(start, n @ start, torch.zeros_like(start), n.new_zeros(len(n)))
+    at = _Iterate.begin(start, n @ start)
     for step in range(1, max_steps + 1):
-        u = solve(q.b + rho * (at.x - at.y + (at.z - at.f) @ n))
+        pull = at.x - at.y + (at.z - at.f) @ n
+        u = solve(q.b + rho * pull)
         v = n @ u
         last = at
         at = at.after(u, v, project, prox, rho)
@@ -109,7 +119,7 @@ def split(
         dual = _largest(moved) / _largest(at.y, q.b / rho)
         if max(primal, dual) <= tol:
             break
-        change = min(max(((primal + 1e-17) / (dual + 1e-17)) ** 0.5, 0.1), 10.0)
+        change = _imbalance(primal, dual)
         if step in _REVISIONS and not 0.2 < change < 5:
             rho = rho * change
             at = replace(at, y=at.y / change, f=at.f / change)
@@ -117,5 +127,20 @@ def split(
     return Split(at.x, rho * at.f)
 
 
+def _first_penalty(q: Form, start: Tensor) -> float:
+    if not bool(start.any()):
+        return 1.0
+    rho = _largest(q.gradient(start)) / _largest(start)
+    return rho if rho > 1e-100 else 1.0
+
+
+def _imbalance(primal: float, dual: float) -> float:
+    """What the penalty is to be multiplied by, in bounds."""
+    ratio = (primal + 1e-17) / (dual + 1e-17)
+    return min(max(ratio**0.5, 0.1), 10.0)
+
+
 def _largest(*vectors: Tensor) -> float:
-    return max((float(v.abs().amax()) for v in vectors if v.numel()), default=0.0) or 1e-300
+    """The largest size of any number, never 0."""
+    sizes = [float(v.abs().amax()) for v in vectors if v.numel()]
+    return max(sizes, default=0.0) or 1e-300

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.convex.pairs import Pairs, Products
-from flowsim.convex.smoothed import Curve, curved
+from flowsim.convex.smoothed import Curve, curved, softened
 from flowsim.norms.blocks import Max
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
@@ -87,7 +87,7 @@ class LinfBall(BallIterate):
     @staticmethod
     def begin(g: Row, mu: float, radius: float) -> "LinfBall":
         centre = mu / radius
-        length = torch.hypot(g, torch.full_like(g, centre))
+        length = softened(g, centre)
         total = length + centre
         forces = (total + g) / 2, (total - g) / 2
         return LinfBall.at(torch.zeros_like(g), forces, radius)

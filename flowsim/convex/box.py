@@ -53,26 +53,37 @@ def solve_box(
     after finitely many sweeps. Linear dependence inside a block is removed by a ridge of 10⁻¹² of
     its diagonal."""
     system, diagonal = ridged(blocks, low_rank)
-    force = torch.zeros_like(z) if start is None else start.clamp_min(0).minimum(upper)
+    force = torch.zeros_like(z) if start is None else _inside(start, upper)
     residual = z - system.times(force)
     nothing = torch.zeros_like(upper, dtype=torch.bool)
     sets = _Sets(nothing, nothing)
-    solved = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    solved = nothing.flatten(1).any(-1)
     for sweep in range(max_sweeps):
         guess = _Sets.of(force + residual / diagonal, upper)
-        changed = (guess.free != sets.free) | (guess.high != sets.high)
+        changed = guess.differs_from(sets)
         if sweep > 0:
             solved = ~changed.flatten(1).any(-1)
             if bool(solved.all()):
                 break
         if sweep > max_sweeps // 2:
-            first = changed & (changed.flatten(1).cumsum(-1).view_as(changed) == 1)
-            guess = sets.where(first, guess)
+            guess = sets.where(_first(changed), guess)
         sets = guess
         fixed = torch.where(sets.high, upper, 0.0)
-        force = torch.where(sets.free, system.solve(sets.free, z - system.times(fixed)), fixed)
-        residual = torch.where(sets.free, 0.0, z - system.times(force))
-    return Solution(force.clamp_min(0).minimum(upper), sets.free, solved)
+        force = system.solve(sets.free, z - system.times(fixed))
+        force = torch.where(sets.free, force, fixed)
+        residual = z - system.times(force)
+        residual = torch.where(sets.free, 0.0, residual)
+    return Solution(_inside(force, upper), sets.free, solved)
+
+
+def _inside(force: PerKink, upper: PerKink) -> PerKink:
+    return force.clamp_min(0).minimum(upper)
+
+
+def _first(marked: Bool[Tensor, "B G c"]) -> Bool[Tensor, "B G c"]:
+    """The first that is marked in each trajectory."""
+    count = marked.flatten(1).cumsum(-1).view_as(marked)
+    return marked & (count == 1)
 
 
 @dataclass(frozen=True)
@@ -84,11 +95,19 @@ class _Sets:
 
     @staticmethod
     def of(trial: PerKink, upper: PerKink) -> "_Sets":
-        return _Sets((trial > 0) & (trial < upper), (trial >= upper) & (upper > 0))
+        high = (trial >= upper) & (upper > 0)
+        free = (trial > 0) & (trial < upper)
+        return _Sets(free, high)
+
+    def differs_from(self, others: "_Sets") -> Bool[Tensor, "B G c"]:
+        free = self.free != others.free
+        high = self.high != others.high
+        return free | high
 
     def where(self, moved: Bool[Tensor, "B G c"], others: "_Sets") -> "_Sets":
         free = torch.where(moved, others.free, self.free)
-        return _Sets(free, torch.where(moved, others.high, self.high))
+        high = torch.where(moved, others.high, self.high)
+        return _Sets(free, high)
 
 
 def ridged(blocks: Float[Tensor, "B G c c"], low_rank: LowRank | None) -> tuple["System", PerKink]:
@@ -96,7 +115,8 @@ def ridged(blocks: Float[Tensor, "B G c c"], low_rank: LowRank | None) -> tuple[
     that is zero."""
     diagonal = torch.diagonal(blocks, dim1=-2, dim2=-1)
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)
-    return System(blocks + torch.diag_embed(1e-12 * diagonal), low_rank), diagonal
+    ridge = torch.diag_embed(1e-12 * diagonal)
+    return System(blocks + ridge, low_rank), diagonal
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,8 @@ class System:
         if self.low_rank is None:
             return out
         E = self.low_rank.factor.flatten(1, 2)  # (B, Gc, R)
-        seen = self.low_rank.core @ (E.mT @ force.flatten(1)[..., None])
+        along = E.mT @ force.flatten(1)[..., None]
+        seen = self.low_rank.core @ along
         return out - (E @ seen).view_as(out)
 
     def solve(self, free: Bool[Tensor, "B G c"], rhs: PerKink) -> PerKink:
@@ -121,12 +142,14 @@ class System:
 
     def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[PerKink], PerKink]:
         """`solve` for several right-hand sides."""
-        pair = free[..., :, None] & free[..., None, :]
-        blocks = torch.where(pair, self.blocks, 0.0) + torch.diag_embed((~free).to(self.blocks))
-        root = torch.linalg.cholesky_ex(blocks)[0]
+        both_free = free[..., :, None] & free[..., None, :]
+        blocks = torch.where(both_free, self.blocks, 0.0)
+        ones = torch.diag_embed((~free).to(blocks))
+        root, _ = torch.linalg.cholesky_ex(blocks + ones)
 
         def plain(rhs: Tensor) -> Tensor:
-            return torch.cholesky_solve(torch.where(free, rhs, 0.0)[..., None], root)[..., 0]
+            rhs = torch.where(free, rhs, 0.0)[..., None]
+            return torch.cholesky_solve(rhs, root)[..., 0]
 
         if self.low_rank is None:
             return plain
@@ -137,7 +160,8 @@ class System:
 
         def corrected(rhs: Tensor) -> Tensor:
             first = plain(rhs)
-            seen = torch.linalg.solve(inner, E.mT @ first.flatten(1)[..., None])
+            along = E.mT @ first.flatten(1)[..., None]
+            seen = torch.linalg.solve(inner, along)
             return first + (KE @ seen).view_as(first)
 
         return corrected

@@ -26,10 +26,12 @@ def conic_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
     x = cp.Variable(len(programme.goal))
     reached = programme.rows @ x
     held = reached == 0 if programme.equal else reached <= 0
-    limits = [held, norm_expression(norm, x[:P]) <= 1]
+    length = norm_expression(norm, x[:P])
+    limits = [held, length <= 1]
     floored = np.flatnonzero(np.isfinite(programme.lowest))
     if len(floored):
-        limits.append(x[P + floored] >= programme.lowest[floored])
+        lowest = programme.lowest[floored]
+        limits.append(x[P + floored] >= lowest)
     problem = cp.Problem(cp.Maximize(programme.goal @ x), limits)
     _solve(problem, f"{len(programme.rows)} rows of {P} numbers")
     return BallOptimum(x.value[:P], held.dual_value)
@@ -46,7 +48,8 @@ def ekeland_point(
     same = x == v  # its multipliers are −k
     half_square = 0.5 * cp.square(norm_expression(norm, x))
     away = weight * norm_expression(norm, v - w)
-    problem = cp.Problem(cp.Minimize(half_square - force @ v + away), [same])
+    goal = cp.Minimize(half_square - force @ v + away)
+    problem = cp.Problem(goal, [same])
     _solve(problem, f"a nearby KKT pair in the norm {norm.name!r}")
     return x.value, -same.dual_value
 
@@ -57,18 +60,21 @@ def norm_expression(norm: Norm, w: Any) -> Any:
     cp = _cvxpy()
     if isinstance(norm, Max | Sum | Euclidean):
         combine = {Max: cp.max, Sum: cp.sum, Euclidean: cp.norm2}[type(norm)]
-        parts = norm.blocks
-        return combine(cp.hstack([norm_expression(p.norm, p.of(w)) / p.scale for p in parts]))
+        parts = [norm_expression(part.norm, part.of(w)) / part.scale for part in norm.blocks]
+        return combine(cp.hstack(parts))
     if isinstance(norm, Spectral | Nuclear):
-        matrix = cp.reshape(w, norm.shape, order="C")
-        return cp.sigma_max(matrix) if isinstance(norm, Spectral) else cp.normNuc(matrix)
+        largest_or_sum = cp.sigma_max if isinstance(norm, Spectral) else cp.normNuc
+        return largest_or_sum(cp.reshape(w, norm.shape, order="C"))
     if isinstance(norm, Lp):
         return cp.pnorm(w, norm.p)
-    if isinstance(norm, L1 | Linf):
-        return cp.norm1(w) if isinstance(norm, L1) else cp.norm_inf(w)
+    if isinstance(norm, L1):
+        return cp.norm1(w)
+    if isinstance(norm, Linf):
+        return cp.norm_inf(w)
     if norm.quadratic:
-        metric = np.linalg.inv(inverse_metric(norm, w.shape[0]))
-        return cp.norm2(np.linalg.cholesky(metric).T @ w)
+        B = inverse_metric(norm, w.shape[0])
+        root = np.linalg.cholesky(np.linalg.inv(B))
+        return cp.norm2(root.T @ w)
     raise ValueError(
         f"got the norm {norm.name!r}, expected one that a cone program can hold, "
         "try Spectral() or Lp(p)"
@@ -76,9 +82,9 @@ def norm_expression(norm: Norm, w: Any) -> Any:
 
 
 def inverse_metric(norm: Norm, size: int) -> Float[Array, "P P"]:
-    """B with ‖g‖_*² = gᵀBg; dual(g)·steepest(g) = Bg."""
+    """B with ‖g‖_*² = gᵀBg."""
     unit = torch.eye(size, dtype=torch.float64)
-    B = (norm.dual(unit)[:, None] * norm.steepest(unit)).numpy()
+    B = norm.by_inverse_metric(unit).numpy()
     return (B + B.T) / 2
 
 

@@ -77,15 +77,19 @@ def game(rows: ArrayLike, norm: Norm, solve: Solver | None = None) -> MaxMargin:
         raise ValueError(
             f"got rows of shape {Z.shape}, expected finite numbers (M, P), one row for each margin"
         )
-    w, p = farthest(Z, np.ones(len(Z)), norm, solve=solve)
+    ones = np.ones(len(Z))
+    w, p = farthest(Z, ones, norm, solve=solve)
     p = np.maximum(p, 0)
     p = p / p.sum()
     margin = float((Z @ w).min())
     longest = np.linalg.norm(Z, axis=1).max()
-    if margin <= 4 * len(w) * np.finfo(float).eps * longest * np.linalg.norm(w):  # rounding
+    eps = np.finfo(float).eps
+    rounding = 4 * len(w) * eps * longest * np.linalg.norm(w)
+    if margin <= rounding:
         margin = 0.0
         w = np.zeros_like(w)
-    return MaxMargin(margin, w, p, dual_of(norm, p @ Z))
+    bound = dual_of(norm, p @ Z)
+    return MaxMargin(margin, w, p, bound)
 
 
 def farthest(
@@ -99,9 +103,12 @@ def farthest(
     """w on the unit sphere, or 0, and p with ⟨p, b⟩ = 1, by ``solve`` or the solver for this
     norm."""
     scale = np.abs(rows).max() or 1.0
-    w, p = (solve or _solver(norm))(rows / scale, target, norm, equal)
+    solve = solve or _solver(norm)
+    w, p = solve(rows / scale, target, norm, equal)
     length = float(norm.value(torch.from_numpy(w)))
-    return w / length if length > 0 else w, p / (p @ target)
+    if length > 0:
+        w = w / length
+    return w, p / (p @ target)
 
 
 def dual_of(norm: Norm, g: Float[Array, " P"]) -> float:
@@ -124,7 +131,8 @@ def linear_program(
     rows: Array, target: Array, norm: Norm, equal: bool = False
 ) -> tuple[Array, Array]:
     """ℓ1 and ℓ∞, by HiGHS. As "max τ over the unit ball" it is faster than as "min ‖w‖"."""
-    best = linear_optimum(_largest_multiple(rows, target, equal), norm)
+    programme = _largest_multiple(rows, target, equal)
+    best = linear_optimum(programme, norm)
     return best.u, best.multipliers
 
 
@@ -132,14 +140,17 @@ def cone_program(
     rows: Array, target: Array, norm: Norm, equal: bool = False
 ) -> tuple[Array, Array]:
     """Any norm that `norm_expression` can write down, by Clarabel."""
-    best = conic_optimum(_largest_multiple(rows, target, equal), norm)
+    programme = _largest_multiple(rows, target, equal)
+    best = conic_optimum(programme, norm)
     return best.u, best.multipliers
 
 
 def _largest_multiple(rows: Array, target: Array, equal: bool) -> BallProgramme:
     """max τ with Zw ≥ τb."""
-    goal = np.append(np.zeros(rows.shape[1]), 1.0)
-    return BallProgramme(goal, np.c_[-rows, target], np.array([-np.inf]), equal)
+    goal = np.zeros(rows.shape[1] + 1)
+    goal[-1] = 1
+    free = np.array([-np.inf])
+    return BallProgramme(goal, np.c_[-rows, target], free, equal)
 
 
 def nearest_point(
@@ -152,7 +163,8 @@ def nearest_point(
     if not norm.quadratic:
         raise ValueError(f"got the norm {norm.name!r}, expected a quadratic one, try cone_program")
     B = inverse_metric(norm, rows.shape[1])
-    p = _least_weights((rows @ np.linalg.cholesky(B)).T, target, equal)
+    columns = (rows @ np.linalg.cholesky(B)).T
+    p = _least_weights(columns, target, equal)
     return B @ (p @ rows), p
 
 
@@ -161,15 +173,18 @@ def nearest_by_products(
 ) -> tuple[Array, Array]:
     """`nearest_point` by inner products of rows instead of a P × P matrix: for many weights, to
     half of the digits."""
-    Z = torch.from_numpy(rows)
-    lifted = (norm.dual(Z)[:, None] * norm.steepest(Z)).numpy()  # ZB
+    lifted = norm.by_inverse_metric(torch.from_numpy(rows)).numpy()  # ZB
     values, basis = np.linalg.eigh(rows @ lifted.T)
-    p = _least_weights(np.sqrt(np.maximum(values, 0))[:, None] * basis.T, target, equal)
+    lengths = np.sqrt(np.maximum(values, 0))
+    columns = lengths[:, None] * basis.T
+    p = _least_weights(columns, target, equal)
     return p @ lifted, p
 
 
 def _least_weights(columns: Float[Array, "k M"], target: Array, equal: bool) -> Float[Array, " M"]:
     """The p, ≥ 0 or free, of least ‖columns·p‖² + (1 − ⟨p, b⟩)²."""
     system = np.vstack([columns, target])
-    one = np.append(np.zeros(len(columns)), 1.0)
-    return np.linalg.lstsq(system, one)[0] if equal else nnls(system, one)[0]
+    one = np.zeros(len(system))
+    one[-1] = 1
+    solve = np.linalg.lstsq if equal else nnls
+    return solve(system, one)[0]

@@ -8,6 +8,7 @@ with the smoothed dual norm N_μ of `smoothed`, whose μ falls along the central
 in the n sample variables. The v of an iteration is not ∇N_μ but what Newton's method makes of it,
 ∇N_μ + H dg, whose gap is far smaller."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +48,12 @@ def minimise_in_ball(
     singular."""
     search = _PathFollowing(norm, outer, a, b)
     # near the solution already, or from the centre of the ball
-    mu = 0.1 if start is None else 1e-7
-    p = outer.begin(b) if start is None else outer.inside(start, mu)
+    if start is None:
+        mu = 0.1
+        p = outer.begin(b)
+    else:
+        mu = 1e-7
+        p = outer.inside(start, mu)
     best = Minimum(torch.zeros_like(a[0]), p, torch.inf, 0)
     stale = 0
     hopeful = start is not None
@@ -57,13 +62,16 @@ def minimise_in_ball(
             step = search.step(p, mu)
         except ArithmeticError:
             break
-        stale = stale + 1 if not step.best.gap < 0.9 * best.gap else 0
-        best = replace(step.best if step.best.gap < best.gap else best, newton=count)
-        if best.gap <= tol or stale > (3 if best.gap < 1e-9 else 15) or mu < 1e-18:
+        stale = 0 if step.best.gap < 0.9 * best.gap else stale + 1
+        best = min(best, step.best, key=lambda found: found.gap)
+        best = replace(best, newton=count)
+        patience = 3 if best.gap < 1e-9 else 15
+        if best.gap <= tol or stale > patience or mu < 1e-18:
             break
         p = step.p
         mu = step.mu
-        if hopeful and step.length < 0.9 and best.gap > 100 * mu:
+        far = step.length < 0.9 and best.gap > 100 * mu
+        if hopeful and far:
             # not as close as it looked: back onto the central path further up
             mu = min(0.1, best.gap / 30)
             hopeful = False
@@ -94,15 +102,16 @@ class _PathFollowing:
         ball = smoothed_dual(self.norm, p @ self.a, mu)
         residual = self.b + conjugate.slope + self.a @ ball.gradient
         curved = ball.hessian(self.a)  # AH (n, P)
-        d = self._newton(residual, conjugate.diagonal, curved @ self.a.mT, 1 - p.sum())
+        stiff = curved @ self.a.mT
+        d = self._newton(residual, conjugate.diagonal, stiff, 1 - p.sum())
         decrement = -float(residual @ d)
         merit = float(p @ self.b + conjugate.value + ball.value)
         q, length = self._line_search(p, d, mu, merit, decrement)
-        v = ball.gradient + d @ curved
-        v = v / self.norm.value(v).clamp_min(1.0)
-        best = min((self._proven(v, x) for x in (p, q)), key=lambda pair: pair.gap)
-        central = decrement < mu * max(1.0, 0.05 * len(p)) and length > 0.4
-        return _Step(q, 0.1 * mu if central else mu, length, best)
+        best = self._better(ball.gradient + d @ curved, [p, q])
+        near = decrement < mu * max(1.0, 0.05 * len(p))
+        if near and length > 0.4:
+            mu = 0.1 * mu
+        return _Step(q, mu, length, best)
 
     def _newton(self, residual: Tensor, diagonal: Tensor, stiff: Tensor, missing: Tensor) -> Tensor:
         """d with (diag(diagonal) + AHAᵀ)d = −residual, on the simplex up to a multiplier of Σd =
@@ -112,32 +121,48 @@ class _PathFollowing:
             # elsewhere
             stiff = stiff + stiff.diagonal().amax()
         scale = diagonal.rsqrt()[:, None]
-        matrix = torch.eye(len(diagonal)).to(diagonal) + scale * stiff * scale.mT
-        root, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) or not bool(torch.isfinite(root).all()):
+        eye = torch.eye(len(diagonal)).to(diagonal)
+        root, info = torch.linalg.cholesky_ex(eye + scale * stiff * scale.mT)
+        finite = bool(torch.isfinite(root).all())
+        if int(info) or not finite:
             raise ArithmeticError("got a Hessian that is not positive definite")
         sides = torch.stack([residual, torch.ones_like(residual)], 1)
-        x, one = (scale * torch.cholesky_solve(scale * sides, root)).unbind(1)
-        return (x.sum() + missing) / one.sum() * one - x if self.outer.simplex else -x
+        solved = scale * torch.cholesky_solve(scale * sides, root)
+        x, one = solved.unbind(1)
+        if not self.outer.simplex:
+            return -x
+        level = (x.sum() + missing) / one.sum()
+        return level * one - x
 
     def _line_search(
         self, p: Tensor, d: Tensor, mu: float, base: float, fall: float
     ) -> tuple[Tensor, float]:
         """The better of the paths, followed until the dual falls enough."""
-        tries = [(self._merit(path(a), mu), a, path) for a, path in self.outer.paths(p, d)]
-        now, a, path = min(tries, key=lambda t: t[0])
-        while now > base - 1e-4 * a * fall + 1e-14 * abs(base) and a > 1e-8:
+        paths = self.outer.paths(p, d)
+        merits = [self._merit(path(a), mu) for a, path in paths]
+        now = min(merits)
+        a, path = paths[merits.index(now)]
+        noise = 1e-14 * abs(base)
+        while a > 1e-8 and now > base - 1e-4 * a * fall + noise:
             a = a / 2
             now = self._merit(path(a), mu)
         return path(a), a
 
     def _merit(self, p: Tensor, mu: float) -> float:
         """φ_μ(p), infinite where it is not defined."""
-        norm = smoothed_dual(self.norm, p @ self.a, mu)
-        value = p @ self.b + self.outer.dual(p, mu).value + norm.value
-        return float(value) if bool(torch.isfinite(value)) else torch.inf
+        ball = smoothed_dual(self.norm, p @ self.a, mu)
+        conjugate = self.outer.dual(p, mu)
+        value = float(p @ self.b + conjugate.value + ball.value)
+        return value if math.isfinite(value) else math.inf
+
+    def _better(self, v: Tensor, ps: list[Tensor]) -> Minimum:
+        """v inside the ball, with the p that proves more."""
+        v = v / self.norm.value(v).clamp_min(1.0)
+        proven = [self._proven(v, p) for p in ps]
+        return min(proven, key=lambda found: found.gap)
 
     def _proven(self, v: Tensor, p: Tensor) -> Minimum:
         g = p @ self.a
-        gap = self.outer.gap(p, self.b + self.a @ v) + self.norm.dual(g) - g @ v
+        z = self.b + self.a @ v
+        gap = self.outer.gap(p, z) + self.norm.dual(g) - g @ v
         return Minimum(v, p, float(gap), 0)

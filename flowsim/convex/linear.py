@@ -51,37 +51,54 @@ def is_linear(norm: Norm) -> bool:
 def linear_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
     """The optimum in ℓ1 or ℓ∞, by HiGHS (in SciPy); ArithmeticError where it finds none."""
     P = programme.size
-    lowest = programme.lowest
-    goal = programme.goal
+    if not isinstance(norm, L1):
+        x, multipliers = _by_highs(programme, -1.0, 1.0)
+        return BallOptimum(x[:P], multipliers)
+    goal = _in_parts(programme.goal, P)
+    rows = _in_parts(programme.rows, P)
+    parts = BallProgramme(goal, rows, programme.lowest, programme.equal)
+    budget = np.zeros(len(goal))
+    budget[: 2 * P] = 1
+    x, multipliers = _by_highs(parts, 0.0, np.inf, budget[None])
+    return BallOptimum(x[:P] - x[P : 2 * P], multipliers)
+
+
+def _in_parts(a: Float[Array, "*R P+K"], size: int) -> Float[Array, "*R 2P+K"]:
+    """Coefficients of (u, y) as those of (plus, minus, y), where u = plus − minus."""
+    of_u = a[..., :size]
+    of_y = a[..., size:]
+    return np.concatenate([of_u, -of_u, of_y], -1)
+
+
+def _by_highs(
+    programme: BallProgramme, low: float, high: float, budgets: Float[Array, "b P+K"] | None = None
+) -> tuple[Float[Array, " P+K"], Float[Array, " R"]]:
+    """The best x and the multipliers of the rows, with u between two numbers and the ``budgets``·x
+    at most 1."""
+    size = programme.size
     rows = programme.rows
-    equal = programme.equal
-    if isinstance(norm, L1):  # u = plus − minus
-        goal = _in_parts(goal, P)
-        rows = _in_parts(rows, P)
-        low = np.zeros(2 * P)
-        high = np.full(2 * P, np.inf)
-        ball = np.append(np.ones(2 * P), np.zeros(len(lowest)))[None]
-    else:
-        low = -np.ones(P)
-        high = np.ones(P)
-        ball = np.zeros((0, len(goal)))
+    count = len(rows)
+    bounds = np.full((len(programme.goal), 2), np.inf)
+    bounds[:size] = low, high
+    bounds[size:, 0] = programme.lowest
+    sides = np.zeros(count)
+    equations: dict[str, Array] = {}
+    if budgets is None:
+        budgets = rows[:0]
+    if programme.equal:
+        equations = {"A_eq": rows, "b_eq": sides}
+        rows = rows[:0]
+        sides = sides[:0]
     found = linprog(
-        -goal,
-        A_ub=ball if equal else np.vstack([rows, ball]),
-        b_ub=np.append(np.zeros(0 if equal else len(rows)), np.ones(len(ball))),
-        A_eq=rows if equal else None,
-        b_eq=np.zeros(len(rows)) if equal else None,
-        bounds=np.stack([np.append(low, lowest), np.append(high, np.full(len(lowest), np.inf))], 1),
+        -programme.goal,
+        A_ub=np.vstack([rows, budgets]),
+        b_ub=np.append(sides, np.ones(len(budgets))),
+        **equations,
+        bounds=bounds,
         method="highs",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
     if found.x is None:
-        raise ArithmeticError(f"HiGHS failed on {len(rows)} rows of {P} numbers: {found.message}")
-    u = found.x[:P] - found.x[P : 2 * P] if isinstance(norm, L1) else found.x[:P]
-    marginals = (found.eqlin if equal else found.ineqlin).marginals
-    return BallOptimum(u, -marginals[: len(rows)])
-
-
-def _in_parts(a: Float[Array, "*R P+K"], size: int) -> Float[Array, "*R 2P+K"]:
-    """Coefficients of (u, y) as those of (plus, minus, y)."""
-    return np.concatenate([a[..., :size], -a[..., :size], a[..., size:]], -1)
+        raise ArithmeticError(f"HiGHS failed on {count} rows of {size} numbers: {found.message}")
+    of_rows = found.eqlin if programme.equal else found.ineqlin
+    return found.x, -of_rows.marginals[:count]

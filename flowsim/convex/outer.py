@@ -57,7 +57,9 @@ class SoftMaximum:
 
     def begin(self, b: Tensor) -> Tensor:
         """Between softmax and equal weights."""
-        return 0.9 * torch.softmax(-b / max(self.temperature, 0.3), 0) + 0.1 / len(b)
+        heat = max(self.temperature, 0.3)
+        softmax = torch.softmax(-b / heat, 0)
+        return 0.9 * softmax + 0.1 / len(b)
 
     def inside(self, p: Tensor, mu: float) -> Tensor:
         p = p + 0.1 * min(mu, 1 / len(p))
@@ -65,14 +67,18 @@ class SoftMaximum:
 
     def dual(self, p: Tensor, mu: float) -> Conjugate:
         heat = max(self.temperature, mu)
+        barrier = 0.5 * mu
         log = torch.log(p)
-        value = heat * (p * log).sum() - 0.5 * mu * log.sum()
-        slope = heat * (1 + log) - 0.5 * mu / p
-        return Conjugate(value, slope, heat / p + 0.5 * mu / p**2)
+        value = heat * (p * log).sum() - barrier * log.sum()
+        slope = heat * (1 + log) - barrier / p
+        diagonal = heat / p + barrier / p**2
+        return Conjugate(value, slope, diagonal)
 
     def gap(self, p: Tensor, z: Tensor) -> Tensor:
         log = torch.log_softmax(-z / self.temperature, 0)
-        return self.temperature * (p * (torch.log(p) - log) - p + torch.exp(log)).sum()
+        surprise = p * (torch.log(p) - log)
+        terms = surprise - p + torch.exp(log)
+        return self.temperature * terms.sum()
 
     def paths(self, p: Tensor, d: Tensor) -> list[DualPath]:
         def straight(a: float) -> Tensor:
@@ -82,11 +88,15 @@ class SoftMaximum:
         def curved(a: float) -> Tensor:
             # where p falls, 1/p moves linearly: Newton's method on a barrier then has no boundary
             # to hit
-            q = torch.where(d < 0, p / (1 - a * d.clamp_max(0) / p), p + a * d)
+            fallen = p / (1 - a * d.clamp_max(0) / p)
+            q = torch.where(d < 0, fallen, p + a * d)
             return q / q.sum()
 
-        longest = 0.95 / max(float((-d / p).amax()), 0.1)
-        return [(1.0, straight)] if longest > 1 else [(longest, straight), (1.0, curved)]
+        fastest = float((-d / p).amax())
+        longest = 0.95 / max(fastest, 0.1)
+        if longest > 1:
+            return [(1.0, straight)]
+        return [(longest, straight), (1.0, curved)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ class HalfSquare:
         return p
 
     def dual(self, p: Tensor, mu: float) -> Conjugate:
-        return Conjugate(0.5 * (p @ p), p, torch.ones_like(p))
+        value = 0.5 * (p @ p)
+        return Conjugate(value, p, torch.ones_like(p))
 
     def gap(self, p: Tensor, z: Tensor) -> Tensor:
         return 0.5 * ((p + z) ** 2).sum()

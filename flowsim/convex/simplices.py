@@ -26,15 +26,19 @@ def positive_at_minimum(
         goal = _minimum_on(used, base, H, c)
         if (goal[used] >= 0).all():
             slope = H @ goal + c
-            excess = np.where(used, 0.0, slope - slope[base])
-            if excess.min(initial=0.0) >= -1e-11 * np.abs(H).max(initial=0.0):
+            excess = slope - slope[base]
+            excess[used] = 0
+            rounding = 1e-11 * np.abs(H).max(initial=0.0)
+            if excess.min(initial=0.0) >= -rounding:
                 break
             x = goal
             used[excess.argmin()] = True
         else:
             falling = np.flatnonzero(used & (goal < 0))
-            reach = x[falling] / (x[falling] - goal[falling])
-            x = np.maximum(x + reach.min() * (goal - x), 0)
+            held = x[falling]
+            reach = held / (held - goal[falling])
+            x = x + reach.min() * (goal - x)
+            x = np.maximum(x, 0)
             used[falling[reach.argmin()]] = False
             x[~used] = 0
     return used
@@ -43,21 +47,24 @@ def positive_at_minimum(
 def _largest(x: _Vector, used: _Set, group: _Index) -> _Index:
     """The largest that is used, of the group of each unknown."""
     order = np.lexsort((-x, ~used, group))
-    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    begins = np.diff(group[order], prepend=-1)
+    first = np.flatnonzero(begins)
     return order[first][group]
 
 
 def _minimum_on(used: _Set, base: _Index, H: Float[Array, "m m"], c: _Vector) -> _Vector:
     """The minimum over the x that are used, of either sign; each group's base takes what the others
     leave."""
-    others = np.flatnonzero(used & (base != np.arange(len(base))))
+    is_base = base == np.arange(len(base))
+    others = np.flatnonzero(used & ~is_base)
     b = base[others]
     x = np.zeros(len(base))
     x[base] = 1
     slope = H @ x + c
     # the Hessian along the differences e_i − e_b
     K = H[others] - H[b]
-    y = _solve(K[:, others] - K[:, b], slope[b] - slope[others])
+    K = K[:, others] - K[:, b]
+    y = _solve(K, slope[b] - slope[others])
     x[others] = y
     np.subtract.at(x, b, y)
     return x
@@ -65,6 +72,7 @@ def _minimum_on(used: _Set, base: _Index, H: Float[Array, "m m"], c: _Vector) ->
 
 def _solve(K: Float[Array, "k k"], r: Float[Array, " k"]) -> Float[Array, " k"]:
     try:
-        return cho_solve(cho_factor(K, check_finite=False), r, check_finite=False)
+        root = cho_factor(K, check_finite=False)
+        return cho_solve(root, r, check_finite=False)
     except np.linalg.LinAlgError:
         return np.linalg.lstsq(K, r, rcond=None)[0]

@@ -49,15 +49,18 @@ class Curve:
     along: Tensor
 
     def hessian(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        twisted = self.twist * (rows @ self.along)
-        return rows * self.diagonal + twisted[:, None] * self.along
+        along = self.twist * (rows @ self.along)
+        twisted = along[:, None] * self.along
+        return rows * self.diagonal + twisted
 
 
 def supports_smoothing(norm: Norm) -> bool:
     """Whether `smoothed_dual` takes the norm."""
     if isinstance(norm, Max | Sum | Euclidean):
         return all(supports_smoothing(part) for part in norm.norms)
-    return norm.quadratic or isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
+    if norm.quadratic:
+        return True
+    return isinstance(norm, L1 | Linf | Lp | Spectral | Nuclear | Schatten)
 
 
 def smoothed_dual(norm: Norm, g: Row, mu: float) -> Smoothed:
@@ -90,36 +93,54 @@ def curved(norm: Norm, s: Tensor, mu: float) -> Curve:
 # --------------------------------------------------------------------------------------------------
 
 
+def softened(s: Tensor, mu: float) -> Tensor:
+    """√(s² + μ²)."""
+    return torch.hypot(s, torch.full_like(s, mu))
+
+
 def _length(s: Tensor, mu: float) -> Curve:
     """√(Σ s² + μ²)."""
-    length = torch.hypot(torch.linalg.vector_norm(s), s.new_tensor(mu))
+    length = softened(torch.linalg.vector_norm(s), mu)
     slope = s / length
-    return Curve(length, slope, (1 / length).expand_as(s), -1 / length, slope)
+    diagonal = (1 / length).expand_as(s)
+    return Curve(length, slope, diagonal, -1 / length, slope)
 
 
 def _box(s: Tensor, mu: float) -> Curve:
     """Σ R − μ + μ log(2μ/(μ + R)), R = √(s² + μ²)."""
-    r = torch.hypot(s, torch.full_like(s, mu))
-    value = (r - mu - mu * torch.log((mu + r) / (2 * mu))).sum()
-    diagonal = mu / (r * (mu + r))
-    return Curve(value, s / (mu + r), diagonal, s.new_zeros(()), torch.zeros_like(s))
+    r = softened(s, mu)
+    total = mu + r
+    value = r - mu - mu * torch.log(total / (2 * mu))
+    slope = s / total
+    diagonal = mu / (r * total)
+    zero = torch.zeros_like(s)
+    return Curve(value.sum(), slope, diagonal, zero.sum(), zero)
 
 
 def _cross(s: Tensor, mu: float) -> Curve:
     """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
-    magnitude = s.abs()
-    sign = torch.sign(s)
-    top = magnitude.amax()
-    # in terms of τ − max |s|, which would be lost by rounding in τ
-    excess = _multiplier(torch.cat([top - magnitude, top + magnitude, top[None]]), mu)
-    near = excess + (top - magnitude)
-    far = excess + (top + magnitude)
-    tau = excess + top
-    value = tau - mu * (torch.log(near) + torch.log(far)).sum() - mu * torch.log(tau)
-    slope = mu * sign * (1 / near - 1 / far)
-    diagonal = mu * (1 / near**2 + 1 / far**2)
-    along = mu * sign * (1 / far**2 - 1 / near**2)
-    return Curve(value, slope, diagonal, -1 / (diagonal.sum() + mu / tau**2), along)
+    near, far, tau = _slacks(s.abs(), mu)
+    logs = torch.log(near) + torch.log(far)
+    value = tau - mu * logs.sum() - mu * torch.log(tau)
+    pull = mu * torch.sign(s)
+    slope = pull * (1 / near - 1 / far)
+    stiff_near = 1 / near**2
+    stiff_far = 1 / far**2
+    diagonal = mu * (stiff_near + stiff_far)
+    along = pull * (stiff_far - stiff_near)
+    spread = diagonal.sum() + mu / tau**2
+    return Curve(value, slope, diagonal, -1 / spread, along)
+
+
+def _slacks(size: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+    """τ − |s|, τ + |s| and τ at the minimum, in terms of τ − max |s|, which would be lost by
+    rounding in τ."""
+    top = size.amax()
+    near = top - size
+    far = top + size
+    gaps = torch.cat([near, far, top[None]])
+    excess = _multiplier(gaps, mu)
+    return excess + near, excess + far, excess + top
 
 
 def _multiplier(gaps: Tensor, mu: float) -> Tensor:
@@ -131,7 +152,8 @@ def _multiplier(gaps: Tensor, mu: float) -> Tensor:
     for _ in range(50):
         inverse = 1 / (e + gaps)
         total = inverse.sum()
-        step = (mu * total - 1) * total / (inverse**2).sum()
+        square = (inverse**2).sum()
+        step = (mu * total - 1) * total / square
         e = e + step
         if not float(step) > 1e-15 * float(e):
             break
@@ -140,13 +162,16 @@ def _multiplier(gaps: Tensor, mu: float) -> Tensor:
 
 def _power(s: Tensor, mu: float, q: float) -> Curve:
     """(Σ y^q)^(1/q), y = √(s² + μ²)."""
-    y = torch.hypot(s, torch.full_like(s, mu))
+    y = softened(s, mu)
     top = y.amax()
-    value = top * ((y / top) ** q).sum() ** (1 / q)
+    total = ((y / top) ** q).sum()
+    value = top * total ** (1 / q)
     weight = (y / value) ** (q - 2) / value
     slope = weight * s
-    diagonal = weight * (1 + (q - 2) * (s / y) ** 2)
-    return Curve(value, slope, diagonal, (1 - q) / value, slope)
+    ratio = (s / y) ** 2
+    diagonal = weight * (1 + (q - 2) * ratio)
+    twist = (1 - q) / value
+    return Curve(value, slope, diagonal, twist, slope)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,14 +180,15 @@ def _power(s: Tensor, mu: float, q: float) -> Curve:
 
 
 def _of_metric(norm: Norm, g: Tensor, mu: float) -> Smoothed:
-    """√(gᵀA⁻¹g + μ²); A⁻¹g = ‖g‖_* times the steepest direction is linear in g."""
+    """√(gᵀA⁻¹g + μ²)."""
+    value = softened(norm.dual(g), mu)
+    v = norm.by_inverse_metric(g) / value
 
-    def inverse(rows: Tensor) -> Tensor:
-        return norm.dual(rows)[..., None] * norm.steepest(rows)
+    def hessian(rows: Tensor) -> Tensor:
+        along = (rows @ v)[:, None] * v
+        return (norm.by_inverse_metric(rows) - along) / value
 
-    value = torch.hypot(norm.dual(g), g.new_tensor(mu))
-    v = inverse(g) / value
-    return Smoothed(value, v, lambda rows: (inverse(rows) - (rows @ v)[:, None] * v) / value)
+    return Smoothed(value, v, hessian)
 
 
 def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: float) -> Smoothed:
@@ -170,22 +196,23 @@ def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: floa
     curve = curved(norm.inner, s, mu)
 
     def hessian(rows: Tensor) -> Tensor:
-        even, odd, edge = _quotients(s, curve, mu)
         e = norm.as_matrix(rows)  # (k, m, n)
         left = _from_left(u.mT, e)
         right = e @ v
         core = _from_left(u.mT, right)
-        twisted = curve.twist * (core.diagonal(dim1=-2, dim2=-1) @ curve.along)
-        inner = even * (core + core.mT) / 2 + odd * (core - core.mT) / 2
-        inner = inner + torch.diag_embed(twisted[:, None] * curve.along)
+        inner = _between_vectors(core, s, curve, mu)
+        edge = _ratio(curve.slope, s, curve.diagonal)
         # of the two complements one is empty
         if len(u) > len(v):
             beside = (right - _from_left(u, core)) * edge
-            return ((_from_left(u, inner) + beside) @ v.mT).flatten(-2)
-        beside = edge[:, None] * (left - core @ v.mT)
-        return _from_left(u, inner @ v.mT + beside).flatten(-2)
+            out = (_from_left(u, inner) + beside) @ v.mT
+        else:
+            beside = edge[:, None] * (left - core @ v.mT)
+            out = _from_left(u, inner @ v.mT + beside)
+        return out.flatten(-2)
 
-    return Smoothed(curve.value, ((u * curve.slope) @ v.mT).flatten(), hessian)
+    gradient = (u * curve.slope) @ v.mT
+    return Smoothed(curve.value, gradient.flatten(), hessian)
 
 
 def _from_left(u: Tensor, x: Float[Tensor, "k m n"]) -> Tensor:
@@ -193,22 +220,42 @@ def _from_left(u: Tensor, x: Float[Tensor, "k m n"]) -> Tensor:
     return torch.tensordot(x, u, dims=([1], [1])).mT
 
 
-def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(fᵢ − fⱼ)/(sᵢ − sⱼ), (fᵢ + fⱼ)/(sᵢ + sⱼ) and fᵢ/sᵢ, with f the slope.
+def _between_vectors(
+    core: Float[Tensor, "k r r"], s: Tensor, curve: Curve, mu: float
+) -> Float[Tensor, "k r r"]:
+    """The Hessian times uᵀev, in the basis of the singular vectors."""
+    even, odd = _quotients(s, curve, mu)
+    symmetric = even * (core + core.mT) / 2
+    skew = odd * (core - core.mT) / 2
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    along = curve.twist * (diagonal @ curve.along)
+    twisted = along[:, None] * curve.along
+    return symmetric + skew + torch.diag_embed(twisted)
+
+
+def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor]:
+    """(fᵢ − fⱼ)/(sᵢ − sⱼ) and (fᵢ + fⱼ)/(sᵢ + sⱼ), with f the slope.
 
     Rounding in them costs speed and no accuracy, as the Hessian only steers.
     """
     f = curve.slope
-    rounded = torch.hypot(s, torch.full_like(s, mu))
+    diagonal = curve.diagonal
+    width = softened(s, mu)
     gap = s[:, None] - s
-    total = s[:, None] + s
+    close = gap.abs() < 1e-4 * (width[:, None] + width)
+    middle = (diagonal[:, None] + diagonal) / 2
+    apart = torch.where(close, 1.0, gap)
+    rise = (f[:, None] - f) / apart
+    even = torch.where(close, middle, rise)
+    odd = _ratio(f[:, None] + f, s[:, None] + s, diagonal)
+    return even, odd
+
+
+def _ratio(f: Tensor, s: Tensor, limit: Tensor) -> Tensor:
+    """f/s, or its limit where s vanishes."""
     tiny = torch.finfo(s.dtype).tiny
-    close = gap.abs() < 1e-4 * (rounded[:, None] + rounded)
-    middle = (curve.diagonal[:, None] + curve.diagonal) / 2
-    even = torch.where(close, middle, (f[:, None] - f) / torch.where(close, 1.0, gap))
-    odd = (f[:, None] + f) / total.clamp_min(tiny)
-    odd = torch.where(total > tiny, odd, curve.diagonal)
-    return even, odd, torch.where(s > tiny, f / s.clamp_min(tiny), curve.diagonal)
+    ratio = f / s.clamp_min(tiny)
+    return torch.where(s > tiny, ratio, limit)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,35 +268,37 @@ def _of_blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
     parts = norm.blocks_of(g)
     inner = [smoothed_dual(part.norm, part.of(g), mu) for part in parts]
     scale = g.new_tensor([part.scale for part in parts])
-    value, slope, curvature = _composed(norm, scale * torch.stack([s.value for s in inner]), mu)
+    values = torch.stack([s.value for s in inner])
     gradients = [c * s.gradient for c, s in zip(scale, inner, strict=True)]
+    outer = _composed(norm, scale * values, mu)
 
     def hessian(rows: Tensor) -> Tensor:
+        out = []
         blocks = [part.of(rows) for part in parts]
-        along = torch.stack([x @ v for x, v in zip(blocks, gradients, strict=True)], -1)
-        shared = (along @ curvature).mT[..., None]  # (L, k, 1)
-        own = [a * s.hessian(x) for a, s, x in zip(slope * scale, inner, blocks, strict=True)]
-        return torch.cat([x + y * v for x, y, v in zip(own, shared, gradients, strict=True)], -1)
+        along = [x @ v for x, v in zip(blocks, gradients, strict=True)]
+        shared = outer.hessian(torch.stack(along, -1)).mT[..., None]  # (L, k, 1)
+        weights = outer.slope * scale
+        for x, y, v, a, s in zip(blocks, shared, gradients, weights, inner, strict=True):
+            own = a * s.hessian(x)
+            out.append(own + y * v)
+        return torch.cat(out, -1)
 
-    gradient = torch.cat([a * v for a, v in zip(slope, gradients, strict=True)])
-    return Smoothed(value, gradient, hessian)
+    weighted = [a * v for a, v in zip(outer.slope, gradients, strict=True)]
+    return Smoothed(outer.value, torch.cat(weighted), hessian)
 
 
-def _composed(
-    norm: Norm, x: Float[Tensor, " L"], mu: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, " L"], Float[Tensor, "L L"]]:
-    """Value, gradient and Hessian of the smooth sum, maximum or length of x; each rises in every
-    x."""
+def _composed(norm: Norm, x: Float[Tensor, " L"], mu: float) -> Curve:
+    """The smooth sum, maximum or length of x, which rises in every x."""
     if isinstance(norm, Max):
-        return x.sum(), torch.ones_like(x), torch.zeros(len(x), len(x)).to(x)
+        zero = torch.zeros_like(x)
+        return Curve(x.sum(), torch.ones_like(x), zero, zero.sum(), zero)
     if isinstance(norm, Euclidean):
-        curve = _length(x, mu)
-        eye = torch.eye(len(x)).to(x)
-        return curve.value, curve.slope, (eye - torch.outer(curve.slope, curve.slope)) / curve.value
+        return _length(x, mu)
     # min over τ of τ − μ Σ log(τ − x)
     gaps = x.amax() - x
     excess = _multiplier(gaps, mu)
-    slope = mu / (excess + gaps)
-    value = x.amax() + excess - mu * torch.log(excess + gaps).sum()
+    slack = excess + gaps
+    value = x.amax() + excess - mu * torch.log(slack).sum()
+    slope = mu / slack
     diagonal = slope**2 / mu
-    return value, slope, torch.diag(diagonal) - torch.outer(diagonal, diagonal) / diagonal.sum()
+    return Curve(value, slope, diagonal, -1 / diagonal.sum(), diagonal)

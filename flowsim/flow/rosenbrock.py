@@ -165,8 +165,7 @@ conditions."""
 def damping(norm: Norm, root: Float[Tensor, "B R P"], size: PerTrajectory) -> Solve:
     """v ↦ (1 + size·A⁻¹CᵀC)⁻¹v by Woodbury's identity, from the factor of 1 + size·CA⁻¹Cᵀ ``(B, R,
     R)``."""
-    lengths = norm.dual(root)[..., None]
-    inverse = (lengths * norm.steepest(root)).mT  # A⁻¹Cᵀ, (B, P, R)
+    inverse = norm.by_inverse_metric(root).mT  # A⁻¹Cᵀ, (B, P, R)
     scale = size.to(root)[:, None, None]
     eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
     gram = bmm_one_by_one(root, inverse)

@@ -97,6 +97,10 @@ class Norm(ABC):
         outer = torch.where(inside, 0.0, v)
         return torch.where(inside, v, self._nearest(outer))
 
+    def by_inverse_metric(self, g: Vectors) -> Vectors:
+        """``A^-1 g`` of a quadratic norm; of any norm, a gradient of ``dual(g)^2 / 2``."""
+        return self.dual(g)[..., None] * self.steepest(g)
+
     def face(self, g: Vectors, tol: float = 1e-9) -> Face:
         """All steepest directions, where differences up to ``tol * dual(g)`` count as ties.
 

@@ -67,7 +67,7 @@ def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vect
 
 def _by_least_squares(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """‖h‖_*² = ⟨h, A⁻¹h⟩ is a quadratic form in the forces c·D, which are in a box."""
-    inverse = norm.dual(kinks.n)[:, None] * norm.steepest(kinks.n)  # A⁻¹n (K, P)
+    inverse = norm.by_inverse_metric(kinks.n)  # A⁻¹n (K, P)
     gram = kinks.n @ inverse.mT
     pull = inverse @ kinks.b
     sweeps = 40 + 4 * len(kinks.c)

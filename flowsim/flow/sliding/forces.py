@@ -49,7 +49,7 @@ class Metric:
         """A⁻¹g."""
         if self.scales == (1.0, 1.0):
             return g
-        return self.norm.dual(g)[..., None] * self.norm.steepest(g)
+        return self.norm.by_inverse_metric(g)
 
     def stiffness(self, point: NetAt) -> PerPair:
         """⟨n, A⁻¹n⟩ for every pair."""
