@@ -51,15 +51,18 @@ def is_linear(norm: Norm) -> bool:
 def linear_optimum(programme: BallProgramme, norm: Norm) -> BallOptimum:
     """The optimum in ℓ1 or ℓ∞, by HiGHS (in SciPy); ArithmeticError where it finds none."""
     P = programme.size
+    what = f"{len(programme.rows)} rows of {P} numbers"
     if not isinstance(norm, L1):
-        x, multipliers = _by_highs(programme, -1.0, 1.0)
+        bounds = _bounds(programme, -1.0, 1.0)
+        x, multipliers = _by_highs(programme, bounds, programme.rows[:0], what)
         return BallOptimum(x[:P], multipliers)
     goal = _in_parts(programme.goal, P)
     rows = _in_parts(programme.rows, P)
     parts = BallProgramme(goal, rows, programme.lowest, programme.equal)
     budget = np.zeros(len(goal))
     budget[: 2 * P] = 1
-    x, multipliers = _by_highs(parts, 0.0, np.inf, budget[None])
+    bounds = _bounds(parts, 0.0, np.inf)
+    x, multipliers = _by_highs(parts, bounds, budget[None], what)
     return BallOptimum(x[:P] - x[P : 2 * P], multipliers)
 
 
@@ -70,21 +73,25 @@ def _in_parts(a: Float[Array, "*R P+K"], size: int) -> Float[Array, "*R 2P+K"]:
     return np.concatenate([of_u, -of_u, of_y], -1)
 
 
+def _bounds(programme: BallProgramme, low: float, high: float) -> Float[Array, "P+K 2"]:
+    """Of x, with these for u."""
+    bounds = np.full((len(programme.goal), 2), np.inf)
+    bounds[: programme.size] = low, high
+    bounds[programme.size :, 0] = programme.lowest
+    return bounds
+
+
 def _by_highs(
-    programme: BallProgramme, low: float, high: float, budgets: Float[Array, "b P+K"] | None = None
+    programme: BallProgramme,
+    bounds: Float[Array, "P+K 2"],
+    budgets: Float[Array, "b P+K"],
+    what: str,
 ) -> tuple[Float[Array, " P+K"], Float[Array, " R"]]:
-    """The best x and the multipliers of the rows, with u between two numbers and the ``budgets``·x
-    at most 1."""
-    size = programme.size
+    """The best x in its bounds with ``budgets``·x at most 1, and the multipliers of the rows."""
     rows = programme.rows
     count = len(rows)
-    bounds = np.full((len(programme.goal), 2), np.inf)
-    bounds[:size] = low, high
-    bounds[size:, 0] = programme.lowest
     sides = np.zeros(count)
     equations: dict[str, Array] = {}
-    if budgets is None:
-        budgets = rows[:0]
     if programme.equal:
         equations = {"A_eq": rows, "b_eq": sides}
         rows = rows[:0]
@@ -99,6 +106,6 @@ def _by_highs(
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
     if found.x is None:
-        raise ArithmeticError(f"HiGHS failed on {count} rows of {size} numbers: {found.message}")
+        raise ArithmeticError(f"HiGHS failed on {what}: {found.message}")
     of_rows = found.eqlin if programme.equal else found.ineqlin
     return found.x, -of_rows.marginals[:count]

@@ -52,9 +52,7 @@ def nearby_pair(norm: Norm, w: Rows, force: Rows, radius: PerTrajectory) -> KktP
 
 def _half_way(norm: Norm, w: Rows, force: Rows) -> KktPair:
     """In quadratic norms: the middle of w and of the point ∇½‖Γ‖_*² that Γ is the force of."""
-    reach = norm.dual(force)[:, None]
-    matched = reach * norm.steepest(force)
-    middle = 0.5 * (w + matched)
+    middle = 0.5 * (w + norm.by_inverse_metric(force))
     size = norm.value(middle)[:, None]
     return middle, size * polar(norm).steepest(middle)
 
