@@ -19,7 +19,7 @@ from flowsim.kernels.reference import Tape
 from flowsim.norms.blocks import Euclidean
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L2
-from flowsim.numerics.batched import bmm
+from flowsim.numerics.batched import bmm, dot
 from flowsim.numerics.shapes import PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt
 
@@ -40,8 +40,9 @@ class Metric:
         """The metric of a bound quadratic norm."""
         if isinstance(norm, L2):
             return Metric(norm, (1.0, 1.0))
-        if isinstance(norm, Euclidean) and all(isinstance(part.norm, L2) for part in norm.blocks):
-            first, last = (part.scale**2 for part in norm.blocks)
+        parts = norm.blocks if isinstance(norm, Euclidean) else ()
+        if parts and all(isinstance(part.norm, L2) for part in parts):
+            first, last = (part.scale**2 for part in parts)
             return Metric(norm, (first, last))
         return Metric(norm, None)
 
@@ -54,11 +55,16 @@ class Metric:
     def stiffness(self, point: NetAt) -> PerPair:
         """⟨n, A⁻¹n⟩ for every pair."""
         if self.scales is not None:
-            lengths = torch.diagonal(point.net.xx, dim1=-2, dim2=-1)
-            return self.scales[0] * lengths[..., None].expand_as(point.z)
+            return self.scales[0] * squares(point).expand_as(point.z)
         every = torch.ones_like(point.z, dtype=torch.bool)
-        normals = ActivePairs.of(point, every, grouped=False).normals()
-        return (normals * self.inverse(normals)).sum(-1).view_as(point.z)
+        normals = ActivePairs.of(point, every, self).normals()
+        stiffness = dot(normals, self.inverse(normals))
+        return stiffness.view_as(point.z)
+
+
+def squares(point: NetAt) -> Float[Tensor, "B N 1"]:
+    """‖x_i‖² of every example."""
+    return point.net.xx.diagonal(dim1=-2, dim2=-1)[..., None]
 
 
 @dataclass(frozen=True)
@@ -76,35 +82,47 @@ class ActivePairs:
     valid: Bool[Tensor, "B G c"]
 
     @staticmethod
-    def of(point: NetAt, mask: Bool[Tensor, "B N m"], grouped: bool) -> "ActivePairs":
-        """The pairs of ``mask``; in one group a neuron where ``grouped`` and they are many."""
+    def of(point: NetAt, mask: Bool[Tensor, "B N m"], metric: Metric) -> "ActivePairs":
+        """The pairs of ``mask``; in one group a neuron where the metric allows it and they are
+        many."""
         m = mask.shape[-1]
-        grouped = grouped and int(mask.sum((1, 2)).max()) > DENSE
+        most = mask.sum((1, 2)).max()
+        grouped = metric.scales is not None and int(most) > DENSE
         rows = mask.mT if grouped else mask.flatten(1)[:, None]  # (B, G, ·)
-        most = max(1, int(rows.sum(-1).max()))
-        ordered = rows.to(torch.int8).sort(dim=-1, descending=True, stable=True)
-        order = ordered.indices[..., :most]  # of each row the pairs first, (B, G, c)
+        c = max(1, int(rows.sum(-1).max()))
+        ordered = rows.byte().sort(dim=-1, descending=True, stable=True)
+        order = ordered.indices[..., :c]  # of each row the pairs first, (B, G, c)
         valid = rows.gather(-1, order)
         if not grouped:
             return ActivePairs(point, mask, order // m, order % m, valid)
-        neuron = torch.arange(m, device=mask.device)[None, :, None].expand_as(order)
-        return ActivePairs(point, mask, order, neuron, valid)
+        neuron = torch.arange(m, device=mask.device)[:, None]
+        return ActivePairs(point, mask, order, neuron.expand_as(order), valid)
+
+    @property
+    def batch(self) -> Int[Tensor, "B 1 1"]:
+        """The trajectory of every pair."""
+        rows = torch.arange(len(self.mask), device=self.mask.device)
+        return rows[:, None, None]
 
     @property
     def flat(self) -> Int[Tensor, "B Gc"]:
         """The place of every pair among all, row by row."""
-        return (self.example * self.mask.shape[2] + self.neuron).flatten(1)
+        m = self.mask.shape[2]
+        place = self.example * m + self.neuron
+        return place.flatten(1)
 
     def take(self, values: PerPair) -> Float[Tensor, "B G c"]:
         """These values at the pairs, 0 at padding."""
-        taken = values.flatten(1).gather(1, self.flat).view(self.example.shape)
+        flat = values.flatten(1).gather(1, self.flat)
+        taken = flat.view(self.example.shape)
         return torch.where(self.valid, taken, 0.0)
 
     def put(self, into: Tensor, values: Float[Tensor, "B G c"]) -> PerPair:
         """``into (B, N, m)`` with these values at the pairs."""
+        flat = into.flatten(1)
+        end = flat.shape[1]
         # padding writes to a place of its own behind the end
-        spare = torch.cat([into.flatten(1), into[:, 0, :1]], 1)
-        end = spare.shape[1] - 1
+        spare = torch.cat([flat, flat[:, :1]], 1)
         index = torch.where(self.valid.flatten(1), self.flat, end)
         written = spare.scatter(1, index, values.flatten(1).to(into))
         return written[:, :end].view(into.shape)
@@ -116,35 +134,43 @@ class ActivePairs:
     def combine(self, force: Float[Tensor, "B G c"]) -> Rows:
         """Nᵀλ."""
         spread = self.put(torch.zeros_like(self.point.z), force)
-        first = bmm(spread.mT, self.point.net.x).flatten(1)
-        return torch.cat([first, torch.zeros_like(self.point.last).flatten(1)], 1)
+        first = bmm(spread.mT, self.point.net.x)
+        last = torch.zeros_like(self.point.last)
+        return torch.cat([first.flatten(1), last.flatten(1)], 1)
 
     def normals(self) -> Float[Tensor, "B Gc P"]:
         """N, dense: for norms that couple neurons only."""
-        x, (_, m, d) = self.point.net.x, self.point.first.shape
-        size = m * d + self.point.last[0].numel()
+        x = self.point.net.x
+        d = x.shape[-1]
+        P = self.point.first[0].numel() + self.point.last[0].numel()
         example = self.example.flatten(1)[..., None]  # (B, Gc, 1)
         neuron = self.neuron.flatten(1)[..., None]
         valid = self.valid.flatten(1)[..., None]
         inputs = x.gather(1, example.expand(-1, -1, d))
         place = neuron * d + torch.arange(d, device=x.device)
-        zeros = x.new_zeros(*place.shape[:2], size)
-        return zeros.scatter(2, place, inputs) * valid
+        zeros = x.new_zeros(*place.shape[:2], P)
+        normals = zeros.scatter(2, place, inputs)
+        return normals * valid
 
     def gram(self, metric: Metric) -> Float[Tensor, "B G c c"]:
         """N A⁻¹Nᵀ in each group."""
         if metric.scales is None:
             normals = self.normals()
-            blocks = (metric.inverse(normals) @ normals.mT)[:, None]
+            gram = metric.inverse(normals) @ normals.mT
+            blocks = gram[:, None]
         else:
-            batch = torch.arange(len(self.mask), device=self.mask.device)
-            row = self.example[..., :, None]
-            column = self.example[..., None, :]
-            inner = self.point.net.xx[batch[:, None, None, None], row, column]
-            same = self.neuron[..., :, None] == self.neuron[..., None, :]
-            blocks = torch.where(same, metric.scales[0] * inner, 0.0)
-        both = self.valid[..., :, None] & self.valid[..., None, :]
-        return torch.where(both, blocks, 0.0)
+            batch = self.batch[..., None]
+            row, column = _rows_and_columns(self.example)
+            neuron, other = _rows_and_columns(self.neuron)
+            inner = self.point.net.xx[batch, row, column]
+            blocks = torch.where(neuron == other, metric.scales[0] * inner, 0.0)
+        valid, valid_too = _rows_and_columns(self.valid)
+        return torch.where(valid & valid_too, blocks, 0.0)
+
+
+def _rows_and_columns(values: Tensor) -> tuple[Tensor, Tensor]:
+    """One value a pair as one a row and as one a column of a matrix among pairs."""
+    return values[..., :, None], values[..., None, :]
 
 
 @dataclass(frozen=True)
@@ -176,15 +202,18 @@ class GaussNewton:
         else:
             J = kernels.jacobian(tape).flatten(1, 2)
             gram = J @ metric.inverse(J).mT
-        unit = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-        inverse = unit / gain.to(root)[:, None, None] + root.mT @ gram @ root
-        return GaussNewton(metric, tape, root, torch.linalg.inv(inverse), inverse)
+        R = root.shape[-1]
+        unit = torch.eye(R, dtype=root.dtype, device=root.device)
+        unit = unit / gain.to(root)[:, None, None]
+        inverse = unit + root.mT @ gram @ root
+        core = torch.linalg.inv(inverse)
+        return GaussNewton(metric, tape, root, core, inverse)
 
     def __call__(self, v: Rows) -> Rows:
-        seen = kernels.pushforward(self.tape, v)  # Jv
-        inner = self.root.mT @ seen.flatten(1)[..., None]
-        inner = self.root @ (self.core @ inner)
-        pulled = kernels.pullback(self.tape, inner.view_as(seen))
+        outputs = kernels.pushforward(self.tape, v)  # Jv
+        seen = self.root.mT @ outputs.flatten(1)[..., None]
+        inner = self.root @ (self.core @ seen)
+        pulled = kernels.pullback(self.tape, inner.view_as(outputs))
         return v - self.metric.inverse(pulled)
 
 
@@ -205,8 +234,10 @@ class KinkCoupling:
         E = torch.where(pairs.valid[..., None], E, 0.0)
         blocks = pairs.gram(damping.metric)
         if E.shape[1] == 1:
-            return KinkCoupling(pairs, blocks - E @ damping.core[:, None] @ E.mT, None)
-        return KinkCoupling(pairs, blocks, LowRank(E, damping.core, damping.inverse))
+            damped = E @ damping.core[:, None] @ E.mT
+            return KinkCoupling(pairs, blocks - damped, None)
+        low_rank = LowRank(E, damping.core, damping.inverse)
+        return KinkCoupling(pairs, blocks, low_rank)
 
     @property
     def system(self) -> box.System:
@@ -231,14 +262,17 @@ def _coupled(pairs: ActivePairs, damping: GaussNewton) -> Float[Tensor, "B G c R
     root = damping.root
     if metric.scales is None:
         J = kernels.jacobian(damping.tape).flatten(1, 2)
-        return (metric.inverse(pairs.normals()) @ J.mT @ root)[:, None]
-    batch = torch.arange(len(root), device=root.device)[:, None, None]
+        normals = metric.inverse(pairs.normals())
+        return (normals @ J.mT @ root)[:, None]
+    point = pairs.point
+    batch = pairs.batch
     slopes = damping.tape.slopes[0].mT[batch, pairs.neuron]  # (B, G, c, N)
-    inner = pairs.point.net.xx[batch, pairs.example] * slopes
+    inner = point.net.xx[batch, pairs.example] * slopes
     root = root.unflatten(1, (inner.shape[-1], -1))  # (B, N, C, R)
     total = torch.zeros_like(inner[..., :1])
     for c in range(root.shape[2]):
-        outer = pairs.point.last[batch, c, pairs.neuron]
+        outer = point.last[batch, c, pairs.neuron]
         through = inner.flatten(1, 2) @ root[:, :, c]
-        total = total + outer[..., None] * through.view(*inner.shape[:3], -1)
+        through = through.view(*inner.shape[:3], -1)
+        total = total + outer[..., None] * through
     return metric.scales[0] * total

@@ -6,7 +6,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from flowsim.convex import box
-from flowsim.flow.sliding.forces import ActivePairs, Metric
+from flowsim.flow.sliding.forces import ActivePairs, Metric, squares
 from flowsim.numerics.shapes import PerPair, PerTrajectory, Rows
 from flowsim.problems.kinks import NetAt
 
@@ -23,12 +23,13 @@ def count(mask: Tensor) -> PerTrajectory:
 
 def on_kink(point: NetAt) -> Bool[Tensor, "B N m"]:
     """Which pairs have z = 0 to rounding."""
-    inputs = torch.diagonal(point.net.xx, dim1=-2, dim2=-1).sqrt()
+    inputs = squares(point).sqrt()
     weights = torch.linalg.vector_norm(point.first, dim=-1)
     eps = torch.finfo(point.z.dtype).eps
     d = point.net.x.shape[-1]
     rounding = 16 * eps * d**0.5
-    return point.z.abs() <= rounding * inputs[..., None] * weights[:, None]
+    largest = rounding * inputs * weights[:, None]
+    return point.z.abs() <= largest
 
 
 def sides_at(point: NetAt, stored: Tensor | None) -> PerPair:
@@ -38,12 +39,14 @@ def sides_at(point: NetAt, stored: Tensor | None) -> PerPair:
     if stored is None:
         return shown
     stored = stored.view_as(shown)
-    return torch.where(between(stored) | on_kink(point), stored, shown)
+    kept = between(stored) | on_kink(point)
+    return torch.where(kept, stored, shown)
 
 
 def fraction_of(force: Tensor, upper: Tensor) -> Tensor:
     """A force over its bound; 0 where there is none."""
-    return force / torch.where(upper > 0, upper, 1.0)
+    largest = torch.where(upper > 0, upper, 1.0)
+    return force / largest
 
 
 def least_gradient(
@@ -58,14 +61,14 @@ def least_gradient(
     whose multiplier is nearer."""
     hangs = stuck & (point.jump < 0)
     nearer = (given >= 0.5).to(given)
-    shown = (point.z > 0).to(point.z)
-    sides = torch.where(stuck, nearer, shown)
-    pairs = ActivePairs.of(point, hangs, metric.scales is not None)
-    slopes = point.slopes(torch.where(hangs, 0.0, sides))
-    free = point.gradient(slopes)  # ∇Λ without forces
-    upper = -pairs.take(torch.where(hangs, point.jump, 0.0))
+    sides = torch.where(stuck, nearer, sides_at(point, None))
+    pairs = ActivePairs.of(point, hangs, metric)
+    without = torch.where(hangs, 0.0, sides)
+    free = point.gradient(point.slopes(without))  # ∇Λ without forces
+    upper = -pairs.take(point.jump)
     ahead = pairs.along(metric.inverse(free))
     guess = upper * pairs.take(given)
-    force = box.solve_box(pairs.gram(metric), ahead, upper, start=guess).force
+    solution = box.solve_box(pairs.gram(metric), ahead, upper, start=guess)
+    force = solution.force
     multipliers = pairs.put(sides, fraction_of(force, upper))
     return multipliers, free - pairs.combine(force)

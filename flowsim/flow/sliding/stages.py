@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.convex.box import Solution
 from flowsim.flow.field import Sample
 from flowsim.flow.sliding.forces import ActivePairs, GaussNewton, KinkCoupling, Metric
 from flowsim.flow.sliding.selection import between, fraction_of, on_kink, sides_at
@@ -45,12 +44,17 @@ class Impulses:
         ``move`` in the step."""
         z = pairs.point.z
         on = between(given) | on_kink(pairs.point)
-        arrives = (z * move < 0) & (z.abs() < move.abs()) & ~on
-        share = z.abs() / torch.where(arrives, move.abs(), 1.0)
-        first = torch.where(arrives, share, torch.inf).amin(1, keepdim=True)  # of each neuron
-        share = torch.where(arrives, share, torch.where(on & (first < 1), first, 0.0))
+        passes = (z * move < 0) & (z.abs() < move.abs())
+        arrives = passes & ~on
+        way = torch.where(arrives, move.abs(), 1.0)
+        share = z.abs() / way
+        arrival = torch.where(arrives, share, torch.inf)
+        first = arrival.amin(1, keepdim=True)  # of each neuron
+        waits = torch.where(on & (first < 1), first, 0.0)
+        share = torch.where(arrives, share, waits)
         low = share * given
-        return Impulses(pairs, low, pairs.take(low + 1 - share - low))
+        width = low + 1 - share - low
+        return Impulses(pairs, low, pairs.take(width))
 
     def largest(self, jump: PerPair) -> Float[Tensor, "B G c"]:
         """The largest forces over the step, of kinks with these jumps."""
@@ -58,18 +62,19 @@ class Impulses:
 
     def multipliers(self, others: PerPair, fraction: Float[Tensor, "B G c"]) -> PerPair:
         """Mean multipliers where the pairs at hand feel this fraction of their largest forces."""
-        return self.pairs.put(others, self.pairs.take(self.low) + fraction * self.width)
+        low = self.pairs.take(self.low)
+        return self.pairs.put(others, low + fraction * self.width)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its k and where it leads, the multipliers there, the fraction of its largest force
-    that each pair at hand feels, and the pairs that are held strictly inside their bounds."""
+    """A stage: its k and where it leads, the multipliers there, the part of its largest force that
+    each pair at hand has ``felt``, and the pairs that are held strictly inside their bounds."""
 
     k: Rows
     w: Rows
     multipliers: PerPair
-    fraction: Float[Tensor, "B G c"]
+    felt: Float[Tensor, "B G c"]
     free: Bool[Tensor, "B N m"]
     solved: Bool[Tensor, " B"]
 
@@ -107,14 +112,15 @@ class StepStart:
     ) -> "StepStart":
         """The start of a step of ``state``, where the field is ``first``."""
         w = state.w
-        point = net.at(state.w)
+        point = net.at(w)
         given = sides_at(point, state.multipliers)
         damping = GaussNewton.at(metric, point, given, GAMMA * tau)
         near = within_reach(metric, point, first.velocity, tau)
-        pairs = ActivePairs.of(point, near, metric.scales is not None)
+        pairs = ActivePairs.of(point, near, metric)
         coupling = KinkCoupling.of(pairs, damping)
         step = tau.to(w)[:, None]
-        move = step[..., None] * point.along(damping(first.velocity))
+        speed = point.along(damping(first.velocity))
+        move = step[..., None] * speed
         impulses = Impulses.of(pairs, move, given)
         return StepStart(w, step, point, given, damping, coupling, impulses)
 
@@ -123,43 +129,38 @@ class StepStart:
         h: Rows,
         upper: Float[Tensor, "B G c"],
         guess: Float[Tensor, "B G c"],
+        others: PerPair,
         *,
         carried: Tensor | float = 0.0,
         offset: Tensor | float = 0.0,
         fraction: float = 1.0,
-    ) -> tuple[Rows, Solution]:
-        """The k = M(h − Nᵀλ − A·carried) with z + τN(offset + fraction·k) consistent with forces λ
-        in [0, upper], and these forces."""
+    ) -> Stage:
+        """The stage with k = M(h − Nᵀλ − A·carried), to w + τ(offset + fraction·k), where z is
+        consistent with forces λ in [0, upper]; pairs not at hand keep the multipliers
+        ``others``."""
         pairs = self.coupling.pairs
         inverse = self.damping.metric.inverse
-        free = self.damping(inverse(h) - carried)  # k without forces
+        without = self.damping(inverse(h) - carried)  # k without forces
         ahead = pairs.take(self.point.z) / (fraction * self.tau[..., None])
-        ahead = ahead + pairs.along(offset / fraction + free)
+        ahead = ahead + pairs.along(offset / fraction + without)
         solution = self.coupling.held(ahead, upper, guess)
-        return self.damping(inverse(h - pairs.combine(solution.force)) - carried), solution
-
-    def ended(
-        self,
-        k: Tensor,
-        w: Tensor,
-        others: PerPair,
-        solution: Solution,
-        upper: Float[Tensor, "B G c"],
-    ) -> Stage:
-        """The stage that leads to w by forces in [0, upper]; pairs not at hand keep ``others``."""
-        fraction = fraction_of(solution.force, upper)
-        multipliers = self.impulses.multipliers(others, fraction)
-        nowhere = torch.zeros_like(others)
-        free = self.coupling.pairs.put(nowhere, solution.free.to(others)) > 0
-        return Stage(k, w, multipliers, fraction, free, solution.solved)
+        held = inverse(h - pairs.combine(solution.force))
+        k = self.damping(held - carried)
+        w = self.w + self.tau * (offset + fraction * k)
+        felt = fraction_of(solution.force, upper)
+        multipliers = self.impulses.multipliers(others, felt)
+        free = pairs.put(torch.zeros_like(others), solution.free.to(others))
+        return Stage(k, w, multipliers, felt, free > 0, solution.solved)
 
 
 def within_reach(
     metric: Metric, point: NetAt, velocity: Rows, tau: PerTrajectory
 ) -> Bool[Tensor, "B N m"]:
     """Attracting pairs that may come to their kink within a step of ``tau``."""
-    speed = point.along(velocity).abs() + point.jump.abs() * metric.stiffness(point)
-    near = point.z.abs() <= 1.5 * tau.to(speed)[:, None, None] * speed
+    pull = point.jump.abs() * metric.stiffness(point)
+    speed = point.along(velocity).abs() + pull
+    way = 1.5 * tau.to(speed)[:, None, None] * speed
+    near = point.z.abs() <= way
     return (point.jump < 0) & point.net.distinct & near
 
 
@@ -171,8 +172,8 @@ def first_stage(start: StepStart) -> Stage:
     multipliers = torch.where(pairs.mask, impulses.low, start.given)
     h = point.gradient(point.slopes(multipliers))
     upper = impulses.largest(point.jump)
-    k, solution = start.stage(h, upper, upper * pairs.take(start.given))
-    return start.ended(k, start.w + start.tau * k, start.given, solution, upper)
+    guess = upper * pairs.take(start.given)
+    return start.stage(h, upper, guess, start.given)
 
 
 def second_stage(
@@ -183,14 +184,20 @@ def second_stage(
     impulses = start.impulses
     mask = start.coupling.pairs.mask
     crossed = multipliers_of_crossings(start.point.z, point1.z, start.given)
-    multipliers = torch.where(mask, torch.where(hangs, impulses.low, side), crossed)
+    at_hand = torch.where(hangs, impulses.low, side)
+    multipliers = torch.where(mask, at_hand, crossed)
     h = point1.gradient(point1.slopes(multipliers))
-    upper = impulses.largest(torch.where(hangs, point1.jump, 0.0))
-    k, solution = start.stage(
-        h, upper, upper * one.fraction, carried=2 * one.k, offset=1.5 * one.k, fraction=0.5
+    jump = torch.where(hangs, point1.jump, 0.0)
+    upper = impulses.largest(jump)
+    return start.stage(
+        h,
+        upper,
+        upper * one.felt,
+        one.multipliers,
+        carried=2 * one.k,
+        offset=1.5 * one.k,
+        fraction=0.5,
     )
-    w = start.w + start.tau * (1.5 * one.k + 0.5 * k)
-    return start.ended(k, w, one.multipliers, solution, upper)
 
 
 def both_stages(start: StepStart, sides: tuple[int, ...], releases: PerTrajectory) -> SlidingTrial:
@@ -202,11 +209,20 @@ def both_stages(start: StepStart, sides: tuple[int, ...], releases: PerTrajector
     released = ~hangs & one.free
     side = sides_of_releases(one.multipliers, released, releases, sides)
     two = second_stage(start, one, point1, hangs, side)
-    late = released & ((point1.along(two.w) > 0) != (side > 0.5))
+    z = point1.along(two.w)
+    wrong = (z > 0) != (side > 0.5)
+    late = released & wrong
     if bool(late.any()):
-        two = _leaving_later(start, two, point1.along(two.w), late, side)
-    solved = one.solved & two.solved
-    return SlidingTrial(one.w, two.w, point1.outputs, two.multipliers, two.free, released, solved)
+        two = _leaving_later(start, two, z, late, side)
+    return SlidingTrial(
+        w1=one.w,
+        w=two.w,
+        outputs1=point1.outputs,
+        multipliers=two.multipliers,
+        stuck=two.free,
+        released=released,
+        solved=one.solved & two.solved,
+    )
 
 
 def _leaving_later(
@@ -217,8 +233,10 @@ def _leaving_later(
     pairs = start.coupling.pairs
     stuck = two.free | late
     held = pairs.take(stuck.to(z)) > 0
-    force = start.coupling.system.solve(held, pairs.take(torch.where(late, z, 0.0)))
-    back = start.damping(start.damping.metric.inverse(pairs.combine(force)))
+    beyond = torch.where(late, z, 0.0)
+    force = start.coupling.system.solve(held, pairs.take(beyond))
+    inverse = start.damping.metric.inverse
+    back = start.damping(inverse(pairs.combine(force)))
     multipliers = torch.where(late, side, two.multipliers)
     return replace(two, w=two.w - back, multipliers=multipliers, free=stuck)
 
@@ -230,8 +248,9 @@ def sides_of_releases(
     sides: tuple[int, ...],
 ) -> PerPair:
     """The sides of pairs that no force holds (`kinks.release_sides`)."""
-    flat = release_sides(multipliers.flatten(1), released.flatten(1), before, sides)
-    return flat.view_as(multipliers)
+    flat = multipliers.flatten(1)
+    side = release_sides(flat, released.flatten(1), before, sides)
+    return side.view_as(multipliers)
 
 
 def multipliers_of_crossings(z: Tensor, z1: Tensor, given: Tensor) -> PerPair:
@@ -241,6 +260,8 @@ def multipliers_of_crossings(z: Tensor, z1: Tensor, given: Tensor) -> PerPair:
     step in which z > 0, so its second multiplier is 2F − (the first); the others have that of their
     side."""
     crosses = z * z1 < 0
-    positive = torch.maximum(z, z1) / torch.where(crosses, (z - z1).abs(), 1.0)
-    side = torch.where(z1 == 0, given, (z1 > 0).to(z1))
+    way = torch.where(crosses, (z - z1).abs(), 1.0)
+    positive = torch.maximum(z, z1) / way
+    shown = (z1 > 0).to(z1)
+    side = torch.where(z1 == 0, given, shown)
     return torch.where(crosses, 2 * positive - given, side)

@@ -94,11 +94,13 @@ class KinkImplicit(Method):
         sample, multipliers = _sampled(field, problem, state.w, point, given, stuck)
         zero = torch.zeros_like(state.step_size)
         kinks = multipliers.flatten(1)
-        counts = {"releases": zero} | state.tallies | {"sliding": count(between(kinks))}
+        counts = {"releases": zero} | state.tallies
+        counts["sliding"] = count(between(kinks))
         if "tau" not in state.memory:
             state = without_size(state)
         state = replace(state, tallies=counts, multipliers=kinks)
-        anew = begun(problem, state, sample, torch.full_like(zero, 1e-3), {"tau": zero})
+        size = torch.full_like(zero, 1e-3)
+        anew = begun(problem, state, sample, size, {"tau": zero})
         return _going_on(field.norm, point, before, anew)
 
     def advance(
@@ -117,34 +119,39 @@ class KinkImplicit(Method):
     def _step(self, field: Field, problem: Problem, state: State) -> State:
         """One attempt of every trajectory."""
         first = sample_of(state)
-        before = state.tallies["releases"]
-        tau = state.step_size * field.norm.value(state.w).double() / first.dual_norm
+        size = field.norm.value(state.w).double()
+        tau = state.step_size * size / first.dual_norm
         net = problem.two_layer(len(state.w))
-        start = StepStart.of(Metric.of(field.norm), net, state, first, tau)
-        trial = both_stages(start, self.sides, before)
-        end = self._end(field, problem, net.at(trial.w), trial, before + count(trial.released))
+        metric = Metric.of(field.norm)
+        start = StepStart.of(metric, net, state, first, tau)
+        trial = both_stages(start, self.sides, state.tallies["releases"])
+        end = self._end(field, problem, state, trial, net.at(trial.w))
         moved = _moved(field.norm, problem, state, trial.w, end, tau)
         excess = self._excess(field, problem, state, trial, end.point, moved)
         state = count_attempt(state, excess <= 1, gradients=2)
         moved = replace(moved, tallies=state.tallies | end.counts)
         chosen = moved.where(excess <= 1, state)
-        blind = ~(excess <= 1) & _unseen(state, first, tau) & torch.isfinite(end.last.lam)
-        return self._resized(chosen.stopped(blind, Status.PRECISION_FLOOR), excess)
+        unseen = _unseen(state, first, tau) & torch.isfinite(end.last.lam)
+        chosen = chosen.stopped(unseen & ~(excess <= 1), Status.PRECISION_FLOOR)
+        return self._resized(chosen, excess)
 
     def _end(
         self,
         field: Field,
         problem: Problem,
-        point: NetAt,
+        state: State,
         trial: SlidingTrial,
-        before: PerTrajectory,
+        point: NetAt,
     ) -> "_End":
         """What is at the end of a trial: kinks that repel there let their pairs go."""
-        released = trial.stuck & (point.jump >= 0) & ~trial.released
+        repels = point.jump >= 0
+        released = trial.stuck & repels & ~trial.released
+        before = state.tallies["releases"] + count(trial.released)
         side = sides_of_releases(trial.multipliers, released, before, self.sides)
         given = torch.where(released, side, trial.multipliers)
         last, multipliers = _sampled(field, problem, trial.w, point, given, trial.stuck)
-        return _End(point, last, multipliers.flatten(1), before + count(released))
+        releases = before + count(released)
+        return _End(point, last, multipliers.flatten(1), releases)
 
     def _excess(
         self,
@@ -158,26 +165,28 @@ class KinkImplicit(Method):
         """The error over its tolerance; infinite where the step cannot be right."""
         size = field.norm.value(trial.w).double()
         apart = field.norm.value(trial.w - trial.w1).double()
+        gap = (point.outputs - trial.outputs1).flatten(1)
         root = problem.loss.curvature(point.outputs, point.net.y)
-        logits = root.mT @ (point.outputs - trial.outputs1).flatten(1)[..., None]
-        rise, spent = (
-            moved.readings[name] - state.readings[name] for name in ("lam", "dissipated")
-        )
+        logits = root.mT @ gap[..., None]
+        rise = moved.readings["lam"] - state.readings["lam"]
+        spent = moved.readings["dissipated"] - state.readings["dissipated"]
+        allowed = field.rtol * (0.5 + 0.1 * rise.abs())
         errors = (
             apart / (field.atol + field.rtol * size),
             length(logits.flatten(1)) / (100 * field.rtol),
-            (spent - rise).abs() / (field.rtol * (0.5 + 0.1 * rise.abs())),
+            (spent - rise).abs() / allowed,
         )
         excess = torch.stack(errors).amax(0)
-        falls = _margin_falls(field.norm, problem, state, moved)
-        good = torch.isfinite(excess) & (rise > 0) & trial.solved & ~falls
+        rises = (rise > 0) & ~_margin_falls(field.norm, problem, state, moved)
+        good = torch.isfinite(excess) & rises & trial.solved
         return torch.where(good, excess, torch.inf)
 
     def _resized(self, state: State, excess: PerTrajectory) -> State:
         """The next step size, and trajectories stopped that cannot go on."""
-        step_size = (state.step_size * _CONTROL.factor(excess)).clamp_max(0.5)
-        state = replace(state, step_size=step_size)
-        return stop_if_stuck(state, step_size * length(state.w), torch.isfinite(excess))
+        step_size = state.step_size * _CONTROL.factor(excess)
+        state = replace(state, step_size=step_size.clamp_max(0.5))
+        move = state.step_size * length(state.w)
+        return stop_if_stuck(state, move, torch.isfinite(excess))
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,8 @@ class _End:
     @property
     def counts(self) -> dict[str, PerTrajectory]:
         """The tallies of kinks."""
-        return {"sliding": count(between(self.multipliers)), "releases": self.releases}
+        sliding = count(between(self.multipliers))
+        return {"sliding": sliding, "releases": self.releases}
 
 
 def _supported(objective: Objective, field: Field) -> Problem:
@@ -217,19 +227,24 @@ def _going_on(norm: Norm, point: NetAt, before: State, anew: State) -> State:
     A selection at the same place may round otherwise, and where a pair has just been released it
     may take the other side."""
     kept = before.memory
-    if before.multipliers is None or before.segment is None or kept.keys() != anew.memory.keys():
+    other = before.segment is None or kept.keys() != anew.memory.keys()
+    if other or before.multipliers is None:
         return anew
-    h = point.gradient(point.slopes(before.multipliers.view_as(point.z)))
+    multipliers = before.multipliers.view_as(point.z)
+    h = point.gradient(point.slopes(multipliers))
     digits = torch.finfo(h.dtype).eps ** 0.5
 
     def same(a: Tensor, b: Tensor) -> Bool[Tensor, " B"]:
-        return (a - b).abs() <= digits * (a.abs() + b.abs())
+        size = a.abs() + b.abs()
+        return (a - b).abs() <= digits * size
 
+    dual_norm = kept["dual_norm"]
     apart = norm.dual(kept["ascent"] - h).double()
     goes_on = same(before.readings["lam"], point.lam.double())
-    goes_on &= same(kept["dual_norm"], norm.dual(h).double())
-    goes_on &= same(apart + kept["dual_norm"], kept["dual_norm"])
-    tallies = before.tallies | {"gradients": anew.tallies["gradients"]}
+    goes_on &= same(dual_norm, norm.dual(h).double())
+    goes_on &= same(apart + dual_norm, dual_norm)
+    tallies = anew.tallies | before.tallies
+    tallies["gradients"] = anew.tallies["gradients"]
     return replace(before, tallies=tallies).where(goes_on, anew)
 
 
@@ -238,7 +253,9 @@ def _sampled(
 ) -> tuple[Sample, PerPair]:
     """The field at w, and the multipliers that are selected there."""
     multipliers, h = least_gradient(Metric.of(field.norm), point, given, stuck)
-    return field.sample(problem, w, point.lam, h, field.norm.steepest(h)), multipliers
+    u = field.norm.steepest(h)
+    sample = field.sample(problem, w, point.lam, h, u)
+    return sample, multipliers
 
 
 def _moved(norm: Norm, problem: Problem, state: State, w: Rows, end: _End, tau: Tensor) -> State:
@@ -250,7 +267,8 @@ def _moved(norm: Norm, problem: Problem, state: State, w: Rows, end: _End, tau: 
     gains = _gains(norm, state, w, (first, last), tau)
     elapsed = log_elapsed_in(problem, first, last, tau)
     moved = moved_along(state, step, last, gains, elapsed)
-    return replace(moved, multipliers=end.multipliers, memory=moved.memory | {"tau": tau})
+    memory = moved.memory | {"tau": tau}
+    return replace(moved, multipliers=end.multipliers, memory=memory)
 
 
 def _gains(
@@ -258,24 +276,28 @@ def _gains(
 ) -> dict[str, PerTrajectory]:
     """What the readings gain in a step to w, by Simpson's rule with the mean velocity for the
     middle one: it is free of the fast motion of the softmax weights that the ends still show."""
-    speed = norm.value(w - state.w).double() / tau
-    speeds = (ends[0].dual_norm, speed, ends[1].dual_norm)
-    lengths = [norm.value(at).double() for at in (state.w, 0.5 * (state.w + w), w)]
-    relative = [speed / length for speed, length in zip(speeds, lengths, strict=True)]
+    first, last = ends
+    mean = norm.value(w - state.w).double() / tau
+    speeds = torch.stack([first.dual_norm, mean, last.dual_norm])
+    places = (state.w, 0.5 * (state.w + w), w)
+    lengths = torch.stack([norm.value(at) for at in places])
     return {
-        "arclength": _simpson(tau, *speeds),
-        "relative": _simpson(tau, *relative),
-        "dissipated": _simpson(tau, *(speed**2 for speed in speeds)),
+        "arclength": _simpson(tau, speeds),
+        "relative": _simpson(tau, speeds / lengths.double()),
+        "dissipated": _simpson(tau, speeds**2),
     }
 
 
 def _unseen(state: State, first: Sample, tau: Tensor) -> Bool[Tensor, " B"]:
     """Whether the rise of the level in a step is within its rounding."""
     eps = torch.finfo(state.w.dtype).eps
-    return tau * first.dual_norm**2 <= 16 * eps * (1 + first.lam.abs())
+    rise = tau * first.dual_norm**2
+    rounding = 16 * eps * (1 + first.lam.abs())
+    return rise <= rounding
 
 
-def _simpson(tau: Tensor, start: Tensor, middle: Tensor, end: Tensor) -> PerTrajectory:
+def _simpson(tau: PerTrajectory, values: Float[Tensor, "3 B"]) -> PerTrajectory:
+    start, middle, end = values
     return tau * (start + 4 * middle + end) / 6
 
 
@@ -283,9 +305,12 @@ def _margin_falls(norm: Norm, problem: Problem, state: State, moved: State) -> B
     """Whether the step lowers the soft margin, which the flow never does once it is positive."""
     if problem.loss.tail.inverse is None:
         return torch.zeros_like(state.status, dtype=torch.bool)
-    before, after = (problem.loss.soft_minimum(s.readings["lam"]) for s in (state, moved))
-    growth = (norm.value(moved.w) / norm.value(state.w)).double() ** problem.degree
-    return (before > 0) & (after < before * growth * (1 - 1e-14))
+    before = problem.loss.soft_minimum(state.readings["lam"])
+    after = problem.loss.soft_minimum(moved.readings["lam"])
+    ratio = norm.value(moved.w) / norm.value(state.w)
+    growth = ratio.double() ** problem.degree
+    least = before * growth * (1 - 1e-14)
+    return (before > 0) & (after < least)
 
 
 def _readable(field: Field, problem: Problem, state: State) -> State:
@@ -301,15 +326,18 @@ def _readable(field: Field, problem: Problem, state: State) -> State:
     metric = Metric.of(field.norm)
     point = problem.two_layer(len(step.w0)).at(step.w0)
     given = sides_at(point, step.multipliers0)
-    damping = GaussNewton.at(metric, point, given, GAMMA * state.memory["tau"])
-    sliding = (between(step.multipliers0) & between(step.multipliers1)).view_as(point.z)
-    pairs = ActivePairs.of(point, sliding, metric.scales is not None)
-    solve = KinkCoupling.of(pairs, damping).system.factored(pairs.valid)
+    gain = GAMMA * state.memory["tau"]
+    damping = GaussNewton.at(metric, point, given, gain)
+    sliding = between(step.multipliers0) & between(step.multipliers1)
+    pairs = ActivePairs.of(point, sliding.view_as(point.z), metric)
+    system = KinkCoupling.of(pairs, damping).system
+    solve = system.factored(pairs.valid)
 
     def staying(v: Tensor) -> Tensor:
         """Mv."""
         damped = damping(v)
-        held = pairs.combine(solve(pairs.along(damped)))
-        return damped - damping(metric.inverse(held))
+        force = solve(pairs.along(damped))
+        held = metric.inverse(pairs.combine(force))
+        return damped - damping(held)
 
     return replace(state, segment=smoothed(staying, step))

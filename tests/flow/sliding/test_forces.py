@@ -82,7 +82,7 @@ def test_forces_move_coordinates_by_the_coupling(setting, most, monkeypatch):
     """N M Nᵀλ, in one block and in one for each neuron."""
     metric, A, multipliers, damping, mask = setting
     monkeypatch.setattr(forces, "DENSE", most)
-    pairs = ActivePairs.of(POINT, mask, metric.scales is not None)
+    pairs = ActivePairs.of(POINT, mask, metric)
     assert (len(pairs.valid[0]) == 1) == (most > 0 or metric.scales is None)
     coupling = KinkCoupling.of(pairs, damping)
     force = torch.rand(pairs.valid.shape, generator=G, dtype=torch.float64) * pairs.valid
@@ -98,7 +98,7 @@ def test_forces_move_coordinates_by_the_coupling(setting, most, monkeypatch):
 
 def test_pairs_are_taken_and_put_back(setting):
     metric, *_, mask = setting
-    pairs = ActivePairs.of(POINT, mask, metric.scales is not None)
+    pairs = ActivePairs.of(POINT, mask, metric)
     taken = pairs.take(POINT.z)
     assert (taken[~pairs.valid] == 0).all()
     torch.testing.assert_close(pairs.put(torch.zeros_like(POINT.z), taken), POINT.z * mask)
@@ -106,7 +106,7 @@ def test_pairs_are_taken_and_put_back(setting):
 
 def test_the_stiffness_of_a_pair_is_the_length_of_its_normal(setting):
     metric, A, *_ = setting
-    every = ActivePairs.of(POINT, torch.ones_like(POINT.z, dtype=torch.bool), False)
+    every = ActivePairs.of(POINT, torch.ones_like(POINT.z, dtype=torch.bool), metric)
     dense = normals(every, 0)
     expected = ((dense @ torch.linalg.inv(A)) * dense).sum(-1).view(N, WIDTH)
     torch.testing.assert_close(metric.stiffness(POINT)[0], expected)

@@ -75,7 +75,7 @@ def test_impulses_remember_what_came_before_the_arrival():
     given = (point.z > 0).to(point.z)
     move = torch.zeros_like(point.z)
     move[0, 0, j] = -4 * point.z[0, 0, j]  # gets to its kink after a quarter of the step
-    bounds = Impulses.of(ActivePairs.of(point, mask, False), move, given)
+    bounds = Impulses.of(ActivePairs.of(point, mask, METRIC), move, given)
     assert bounds.low[0, 0, j] == pytest.approx(0.25 * float(given[0, 0, j]))
     assert bounds.pairs.put(torch.zeros_like(point.z), bounds.width)[0, :2, j].tolist() == [0.75, 1]
     largest = bounds.largest(point.jump)

@@ -769,6 +769,16 @@ def test_a_run_that_is_resumed_is_the_unbroken_one(stop):
     assert torch.equal(resumed.final.multipliers, unbroken.final.multipliers)
 
 
+def test_a_state_that_has_counted_no_releases_goes_on_at_none():
+    problem, w0 = peers(30, 8, 1)
+    state = flow(problem, w0, fs.lam([2.0]), strict=True).final
+    counted = {name: n for name, n in state.tallies.items() if name != "releases"}
+    rule = fs.SteepestFlow(fs.L2(), rtol=1e-3, method=KinkImplicit())
+    started = rule.start(problem, replace(state, tallies=counted))
+    assert float(started.tallies["releases"]) == 0
+    assert torch.equal(started.multipliers, state.multipliers)
+
+
 @pytest.mark.parametrize("cut", [{"steps": 12}, {"steps": 20}, {"attempts": 12}, {"attempts": 21}])
 @pytest.mark.parametrize("seed", [1, 5, 11, 22])
 def test_a_state_goes_on_with_what_it_remembers(seed, cut):
