@@ -9,8 +9,9 @@ The input ``x`` is ``(N, d)``, shared by all trajectories, or ``(B, N, d)``. Der
 ``P`` flat weights, layer after layer. Every product is a batched one over trajectories, and
 batch-mates change a trajectory's numbers by rounding only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from flowsim.numerics.batched import bmm
 from flowsim.numerics.shapes import Outputs, Rows
 
 Weights = Sequence[Tensor]
+
+Cotangents: TypeAlias = Float[Tensor, "B N K n"]
+"""K derivatives by the n units of a layer, on each example."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def forward(weights: Weights, x: Tensor, activation: Activation) -> tuple[Output
     return outputs, Tape(weights, tuple(inputs), tuple(slopes))
 
 
-def sensitivities(tape: Tape, c: Float[Tensor, "B N K C"]) -> list[Float[Tensor, "B N K n"]]:
+def sensitivities(tape: Tape, c: Cotangents) -> list[Cotangents]:
     """∂⟨c, f⟩/∂z_l for K cotangents c of each example, first layer first."""
     shape = c.shape[1:3]
     delta = c
@@ -79,9 +83,8 @@ def sensitivities(tape: Tape, c: Float[Tensor, "B N K C"]) -> list[Float[Tensor,
 
 def pullback(tape: Tape, c: Outputs) -> Rows:
     """Jᵀc: the gradient of ⟨c, f⟩."""
-    deltas = sensitivities(tape, c[:, :, None])
     parts = []
-    for delta, a in zip(deltas, tape.inputs, strict=True):
+    for delta, a in _layers(tape, c[:, :, None]):
         gradient = bmm(delta[:, :, 0].mT, a)  # (B, n_l, n_{l-1})
         parts.append(gradient.flatten(1))
     return torch.cat(parts, 1)
@@ -104,9 +107,8 @@ def pushforward(tape: Tape, v: Rows) -> Outputs:
 
 def jacobian(tape: Tape) -> Float[Tensor, "B N C P"]:
     """J, dense: for small nets and for tests."""
-    deltas = sensitivities(tape, _each_output(tape))
     parts = []
-    for delta, a in zip(deltas, tape.inputs, strict=True):
+    for delta, a in _layers(tape, _each_output(tape)):
         outer = delta[..., None] * a[:, :, None, None]  # (B, N, C, n_l, n_{l-1})
         parts.append(outer.flatten(3))
     return torch.cat(parts, -1)
@@ -129,7 +131,13 @@ def gram(tape: Tape, scales: Sequence[float] | None = None) -> Float[Tensor, "B 
     return total
 
 
-def _each_output(tape: Tape) -> Float[Tensor, "B N C C"]:
+def _layers(tape: Tape, c: Cotangents) -> Iterator[tuple[Cotangents, Tensor]]:
+    """Of each layer the sensitivities and the inputs, which together give the gradient."""
+    deltas = sensitivities(tape, c)
+    return zip(deltas, tape.inputs, strict=True)
+
+
+def _each_output(tape: Tape) -> Cotangents:
     """The cotangents that pick one output each."""
     last = tape.weights[-1]
     C = last.shape[1]

@@ -1,11 +1,12 @@
 """Nets with some of their blocks held fixed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Self
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from flowsim.layout import Block, Layout, lay_out
@@ -58,31 +59,28 @@ class Frozen(Net):
             )
         return value.flatten(1)
 
+    @cached_property
+    def _places(self) -> Int[Tensor, " P"]:
+        """Where the weights lie among all of the net's."""
+        every = torch.arange(self.net.size)
+        return torch.cat([every[block.slice] for block in self._trained])
+
     def _full(self, w: Tensor) -> Tensor:
         """All the net's weights."""
-        frozen = partial(self._value, w=w)
-        return self._joined(w, frozen)
+        full = self._tangent(w)
+        for block in self.net.layout:
+            if block.name in self.values:
+                full[:, block.slice] = self._value(block, w)
+        return full
 
     def _tangent(self, v: Tensor) -> Tensor:
         """A direction of all the net's weights, in which frozen blocks stay."""
-
-        def still(block: Block) -> Tensor:
-            return v.new_zeros(len(v), block.size)
-
-        return self._joined(v, still)
-
-    def _joined(self, w: Tensor, frozen: Callable[[Block], Tensor]) -> Tensor:
-        places = {block.name: block.slice for block in self.layout}
-        parts = []
-        for block in self.net.layout:
-            place = places.get(block.name)
-            part = w[:, place] if place else frozen(block)
-            parts.append(part)
-        return torch.cat(parts, 1)
+        full = v.new_zeros(len(v), self.net.size)
+        full[:, self._places] = v
+        return full
 
     def _free(self, g: Tensor) -> Tensor:
-        parts = [g[:, block.slice] for block in self._trained]
-        return torch.cat(parts, 1)
+        return g[:, self._places]
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         return self.net.outputs(self._full(w), x)

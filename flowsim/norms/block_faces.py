@@ -26,18 +26,25 @@ class _OfBlocks(Face):
         parts = [v[..., part] for part in self.slices]
         return zip(self.faces, parts, strict=True)
 
+    def _elements(self) -> Vectors:
+        elements = [face.element() for face in self.faces]
+        return torch.cat(elements, -1)
+
+    def _supports(self, c: Tensor) -> Vectors:
+        """Each block's support, ``(*batch, L)``."""
+        supports = [face.support(part) for face, part in self._pairs(c)]
+        return torch.stack(supports, -1)
+
 
 @dataclass(frozen=True)
 class Product(_OfBlocks):
     """Each block in its own face."""
 
     def element(self) -> Tensor:
-        elements = [face.element() for face in self.faces]
-        return torch.cat(elements, -1)
+        return self._elements()
 
     def support(self, c: Tensor) -> Tensor:
-        supports = [face.support(part) for face, part in self._pairs(c)]
-        return sum(supports, start=c.new_zeros(()))
+        return self._supports(c).sum(-1)
 
     def project(self, v: Tensor) -> Tensor:
         nearest = [face.project(part) for face, part in self._pairs(v)]
@@ -51,13 +58,11 @@ class Mixture(_OfBlocks):
     tied: Tensor
 
     def element(self) -> Tensor:
-        elements = [face.element() for face in self.faces]
-        origin = torch.zeros_like(torch.cat(elements, -1))
+        origin = torch.zeros_like(self._elements())
         return self.project(origin)
 
     def support(self, c: Tensor) -> Tensor:
-        supports = [face.support(part) for face, part in self._pairs(c)]
-        return _largest(torch.stack(supports, -1), self.tied)
+        return _largest(self._supports(c), self.tied)
 
     def project(self, v: Tensor) -> Tensor:
         blocks = list(self._pairs(v))

@@ -12,8 +12,9 @@ def bmm(a: Matrices, b: Matrices) -> Matrices:
 
     BLAS gives a single product with one row or column to its matrix-vector routine, which adds up
     in another order than the batched one; so such a product is never sent alone."""
-    thin = a.shape[1] == 1 or b.shape[2] == 1
-    if thin and a.shape[0] == 1:
+    B, n, _ = a.shape
+    _, _, m = b.shape
+    if B == 1 and 1 in (n, m):
         a = a.expand(2, -1, -1)
         b = b.expand(2, -1, -1)
         return torch.bmm(a, b)[:1]
@@ -81,7 +82,8 @@ def eigh(w: Matrices) -> tuple[Tensor, Tensor]:
 def _cleaned(w: Matrices) -> tuple[Tensor, Tensor]:
     """The matrices with zeros for those that are not finite, and NaN there, 0 elsewhere, ``(*batch,
     1, 1)``: LAPACK refuses a whole batch for one such row."""
-    finite = torch.isfinite(w).all((-2, -1), keepdim=True)
+    entries = torch.isfinite(w)
+    finite = entries.all((-2, -1), keepdim=True)
     clean = torch.where(finite, w, 0.0)
     bad = torch.where(finite, 0.0, torch.nan)
     return clean, bad.to(w)

@@ -61,8 +61,11 @@ def _gauss_legendre() -> tuple[_Nodes, _Nodes]:
     heavy = (322 + tilt) / 900
     nodes = [-far, -near, 0.0, near, far]
     weights = [light, heavy, 128 / 225, heavy, light]
-    double = torch.float64
-    return torch.tensor(nodes, dtype=double), torch.tensor(weights, dtype=double)
+    return _doubles(nodes), _doubles(weights)
+
+
+def _doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _panels() -> tuple[_Nodes, _Nodes]:
@@ -70,7 +73,7 @@ def _panels() -> tuple[_Nodes, _Nodes]:
     has its mass, with five Gauss-Legendre nodes in each."""
     nodes, weights = _gauss_legendre()
     powers = [2.0**-k for k in range(24, 0, -1)]
-    left = torch.tensor([0.0, *powers], dtype=torch.float64)
+    left = _doubles([0.0, *powers])
     right = 1 - left.flip(0)[1:]
     edges = torch.cat([left, right])
     widths = edges.diff()[:, None]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,9 @@ from flowsim.numerics.shapes import Outputs
 
 Back = Callable[[Tensor], Tensor]
 """From a cotangent of q (B, M) to the cotangent of f (B, N, C)."""
+
+Read: TypeAlias = tuple[Float[Tensor, "B M"], Back]
+"""The numbers q, and the way back."""
 
 
 class Reading(ABC):
@@ -31,7 +34,7 @@ class Reading(ABC):
         they are none; ``loss`` says for which."""
 
     @abstractmethod
-    def read(self, f: Outputs, y: Tensor) -> tuple[Float[Tensor, "B M"], Back]:
+    def read(self, f: Outputs, y: Tensor) -> Read:
         """The numbers q, and the map from a cotangent of q to the cotangent of f."""
 
     @abstractmethod
@@ -85,7 +88,7 @@ class Signed(Reading):
         signs = torch.where(y > 0, 1.0, -1.0)
         return signs.double()
 
-    def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
+    def read(self, f: Tensor, y: Tensor) -> Read:
         def back(c: Tensor) -> Tensor:
             cotangent = c * y
             return cotangent[..., None]
@@ -131,7 +134,7 @@ class Pairwise(OfClasses):
     """q = f_y − f_j for every example and every wrong class j: M = N(C − 1) (theory of the binary
     case applies)."""
 
-    def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
+    def read(self, f: Tensor, y: Tensor) -> Read:
         wrong = ~_one_hot(f, y)
         gaps = f.gather(-1, _index(f, y)) - f
         B = len(f)
@@ -157,7 +160,7 @@ class Pairwise(OfClasses):
 class SoftPairwise(OfClasses):
     """q = −log Σ_{j≠y} e^{f_j − f_y}, the soft minimum of an example's pairwise gaps."""
 
-    def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
+    def read(self, f: Tensor, y: Tensor) -> Read:
         rivals = _rivals(f, y)
         q = _at_label(f, y) - torch.logsumexp(rivals, -1)
 
@@ -194,7 +197,7 @@ class Residual(Reading):
             return y[..., None]
         raise ValueError(f"y: got shape {shape}, expected {full}: one target for each output")
 
-    def read(self, f: Tensor, y: Tensor) -> tuple[Tensor, Back]:
+    def read(self, f: Tensor, y: Tensor) -> Read:
         if y.shape[-2:] != f.shape[-2:]:
             y = y[..., None]
         residual = f - y
