@@ -21,12 +21,17 @@ def smooth_quadratic(
 
     A is the ``metric``, the identity (ℓ2) where not given. Linear regression has H = XᵀX.
     """
-    H = np.asarray(matrix, dtype=float)
+    rate = np.asarray(matrix, dtype=float)
     minimiser = np.asarray(minimiser, dtype=float)
-    rate = H if metric is None else np.linalg.solve(np.asarray(metric, dtype=float), H)
+    if metric is not None:
+        A = np.asarray(metric, dtype=float)
+        rate = np.linalg.solve(A, rate)
     away = np.asarray(w0, dtype=float) - minimiser
-    path = np.stack([minimiser + expm(-rate * time) @ away for time in np.ravel(t)])
-    return path.reshape(*np.shape(t), -1)
+    path = []
+    for time in np.ravel(t):
+        decay = expm(-rate * time)
+        path.append(minimiser + decay @ away)
+    return np.reshape(path, (*np.shape(t), -1))
 
 
 def difference_of_squares(
@@ -44,13 +49,16 @@ def difference_of_squares(
     span = (0.0, float(times.max()))
 
     def residual(_: float, nu: Array) -> Array:
-        return y - x @ (2 * alpha**2 * np.sinh(4 * x.T @ nu))
+        beta = 2 * alpha**2 * np.sinh(4 * x.T @ nu)
+        return y - x @ beta
 
     zero = np.zeros(len(y))
     tight = {"rtol": 1e-12, "atol": 1e-14}
-    nu = solve_ivp(residual, span, zero, "DOP853", times[order], **tight).y
-    growth = np.exp(2 * x.T @ nu).T[np.argsort(order)]
-    return alpha * np.concatenate([growth, 1 / growth], -1).reshape(*np.shape(t), -1)
+    solved = solve_ivp(residual, span, zero, "DOP853", times[order], **tight)
+    growth = np.exp(2 * x.T @ solved.y).T
+    growth = growth[np.argsort(order)]
+    both = np.concatenate([growth, 1 / growth], -1)
+    return alpha * both.reshape(*np.shape(t), -1)
 
 
 def difference_of_squares_limit(
@@ -63,15 +71,29 @@ def difference_of_squares_limit(
     Theorem 1)."""
     x = np.asarray(x, dtype=float)
     y = np.asarray(y, dtype=float)
-    dual = minimize(
-        lambda nu: 2 * alpha**2 * np.cosh(x.T @ nu).sum() - nu @ y,
+    size = 2 * alpha**2
+
+    def dual(nu: Array) -> float:
+        cosh = np.cosh(x.T @ nu)
+        return size * cosh.sum() - nu @ y
+
+    def slope(nu: Array) -> Array:
+        sinh = np.sinh(x.T @ nu)
+        return size * x @ sinh - y
+
+    def curvature(nu: Array) -> Array:
+        cosh = np.cosh(x.T @ nu)
+        return size * (x * cosh) @ x.T
+
+    best = minimize(
+        dual,
         np.zeros(len(y)),
-        jac=lambda nu: 2 * alpha**2 * x @ np.sinh(x.T @ nu) - y,
-        hess=lambda nu: 2 * alpha**2 * (x * np.cosh(x.T @ nu)) @ x.T,
+        jac=slope,
+        hess=curvature,
         method="trust-exact",
         options={"gtol": 1e-12},
     )
-    return 2 * alpha**2 * np.sinh(x.T @ dual.x)
+    return size * np.sinh(x.T @ best.x)
 
 
 def conserved(
@@ -82,5 +104,7 @@ def conserved(
 
     ``q`` = 1 is ℓ∞. For q < 2 this holds as long as no gradient changes its sign.
     """
-    powers = np.abs(weights.reshape(*np.shape(weights)[:-1], depth, -1)) ** q
+    batch = np.shape(weights)[:-1]
+    factors = weights.reshape(*batch, depth, -1)
+    powers = np.abs(factors) ** q
     return np.diff(powers, axis=-2)

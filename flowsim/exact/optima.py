@@ -89,7 +89,8 @@ def min_norm(problem: Problem, norm: Norm) -> MinNorm:
     y = problem.y.reshape(-1).double().cpu().numpy()
     if not y.any():
         raise ValueError("min_norm: got targets that are all 0, which w = 0 fits, expected others")
-    if np.abs(rows @ np.linalg.lstsq(rows, y)[0] - y).max() > 1e-9 * np.abs(y).max():
+    residual = rows @ np.linalg.lstsq(rows, y)[0] - y
+    if np.abs(residual).max() > 1e-9 * np.abs(y).max():
         raise ValueError(
             "min_norm: no weights fit these targets, try fewer examples or the flow's least squares"
         )
@@ -115,7 +116,9 @@ def margin_rows(problem: Problem) -> Float[Array, "M P"]:
             f"max_margin: got the {problem.loss.name} loss, which has no margins, try min_norm"
         )
     reading = Pairwise() if kind == "classes" else problem.loss.reading
-    return reading.read(_jacobian(problem).movedim(-1, 0), problem.y)[0].mT.numpy()
+    columns = _jacobian(problem).movedim(-1, 0)
+    q = reading.read(columns, problem.y)[0]
+    return q.mT.numpy()
 
 
 def _jacobian(problem: Problem) -> Float[torch.Tensor, "N C P"]:

@@ -33,39 +33,50 @@ class Polyline:
         """w at arclengths s, with a last axis for the weights; the end beyond it."""
         s = np.clip(s, 0, self.lengths[-1])
         k = self._piece(s)
-        part = (s - self.lengths[k]) / np.diff(self.lengths)[k]
-        return self.corners[k] + part[..., None] * np.diff(self.corners, axis=0)[k]
+        length = np.diff(self.lengths)[k]
+        part = (s - self.lengths[k]) / length
+        way = np.diff(self.corners, axis=0)[k]
+        return self.corners[k] + part[..., None] * way
 
     def dual(self, s: ArrayLike) -> Array:
         """‖∇F‖_* at arclengths s."""
-        return np.interp(np.asarray(s, dtype=float), self.lengths, self.duals)
+        s = np.asarray(s, dtype=float)
+        return np.interp(s, self.lengths, self.duals)
 
     def log_time(self, s: ArrayLike) -> Array:
         """log t at arclengths s; infinite at the end."""
         s = np.clip(s, 0, self.lengths[-1])
         k = self._piece(s)
         with np.errstate(divide="ignore"):
-            return np.log(self._times[k] + np.log(self.duals[k] / self.dual(s)) / self._rates[k])
+            fall = np.log(self.duals[k] / self.dual(s))
+            t = self._times[k] + fall / self._rates[k]
+            return np.log(t)
 
     def length(self, log_t: ArrayLike) -> Array:
         """The arclength at log t."""
         t = np.exp(log_t)
         k = np.searchsorted(self._times, t, side="right") - 1
-        fallen = -np.expm1(-self._rates[k] * (t - self._times[k]))
-        return self.lengths[k] + self.duals[k] / self._rates[k] * fallen
+        rate = self._rates[k]
+        since = t - self._times[k]
+        fallen = -np.expm1(-rate * since)
+        return self.lengths[k] + self.duals[k] / rate * fallen
 
     def _piece(self, s: Array) -> Array:
-        return np.clip(np.searchsorted(self.lengths, s, side="right") - 1, 0, len(self.lengths) - 2)
+        last = len(self.lengths) - 2
+        k = np.searchsorted(self.lengths, s, side="right") - 1
+        return np.clip(k, 0, last)
 
     @property
     def _rates(self) -> Float[Array, " K"]:
         """κ = −d‖∇F‖_*/ds = uᵀHu on each piece."""
-        return -np.diff(self.duals) / np.diff(self.lengths)
+        falls = -np.diff(self.duals)
+        return falls / np.diff(self.lengths)
 
     @property
     def _times(self) -> Float[Array, " K"]:
         """t at the beginning of each piece."""
-        spent = np.log(self.duals[:-2] / self.duals[1:-1]) / self._rates[:-1]
+        falls = np.log(self.duals[:-2] / self.duals[1:-1])
+        spent = falls / self._rates[:-1]
         return np.append(0.0, np.cumsum(spent))
 
 
@@ -81,7 +92,8 @@ def round_quadratic(minimiser: ArrayLike, w0: ArrayLike, norm: Norm) -> Polyline
         matrix = norm.as_matrix(torch.from_numpy(r)).numpy()
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
         lengths, kept, duals = _shrinking(values, norm.inner)
-        residuals = np.stack([((left * row) @ right).ravel() for row in kept])
+        matrices = [(left * row) @ right for row in kept]
+        residuals = np.stack(matrices).reshape(len(kept), -1)
     else:
         lengths, kept, duals = _shrinking(np.abs(r), norm)
         residuals = np.sign(r) * kept
@@ -92,15 +104,18 @@ def _shrinking(sizes: Float[Array, " n"], norm: Norm) -> tuple[Array, Array, Arr
     """Arclengths, residuals and their dual norms at the corners of the proximal path from ``sizes``
     ≥ 0 to 0."""
     if isinstance(norm, L2):
-        whole = np.linalg.norm(sizes)
-        return np.array([0.0, whole]), np.stack([sizes, 0 * sizes]), np.array([whole, 0.0])
+        lengths = np.array([0.0, np.linalg.norm(sizes)])
+        residuals = np.stack([sizes, 0 * sizes])
+        return lengths, residuals, lengths[::-1]
     levels = np.unique(np.append(sizes, 0.0))
     if isinstance(norm, Linf):
         residuals = np.maximum(sizes - levels[:, None], 0)
         return levels, residuals, residuals.sum(1)
     if isinstance(norm, L1):
-        tops = levels[::-1, None]
-        return np.maximum(sizes - tops, 0).sum(1), np.minimum(sizes, tops), levels[::-1]
+        duals = levels[::-1]
+        residuals = np.minimum(sizes, duals[:, None])
+        moved = np.maximum(sizes - duals[:, None], 0)
+        return moved.sum(1), residuals, duals
     raise ValueError(
         f"got the norm {norm.name!r}, expected ℓ1, ℓ2, ℓ∞, spectral, nuclear or Frobenius"
     )
@@ -114,9 +129,13 @@ def polyhedral_quadratic(
     On each piece the direction solves the face QP min ½uᵀHu, and so is constant until a coordinate
     of the gradient joins the tie: one that reaches the largest in ℓ1, one that reaches zero in ℓ∞.
     """
-    values, basis = np.linalg.eigh(np.asarray(matrix, dtype=float))
-    root = np.sqrt(np.maximum(values, 0))[:, None] * basis.T
-    return _pieces(root, np.asarray(minimiser, dtype=float), np.asarray(w0, dtype=float), norm)
+    H = np.asarray(matrix, dtype=float)
+    values, basis = np.linalg.eigh(H)
+    roots = np.sqrt(np.maximum(values, 0))
+    C = roots[:, None] * basis.T
+    minimiser = np.asarray(minimiser, dtype=float)
+    w0 = np.asarray(w0, dtype=float)
+    return _pieces(C, minimiser, w0, norm)
 
 
 def forward_stagewise(x: Float[Array, "N d"], y: Float[Array, " N"]) -> Polyline:
@@ -127,33 +146,45 @@ def forward_stagewise(x: Float[Array, "N d"], y: Float[Array, " N"]) -> Polyline
     whose fit is nearest to the origin. Equals the lasso's path while that is monotone."""
     x = np.asarray(x, dtype=float)
     y = np.asarray(y, dtype=float)
-    return _pieces(x, np.linalg.lstsq(x, y)[0], np.zeros(x.shape[1]), L1())
+    minimiser = np.linalg.lstsq(x, y)[0]
+    zero = np.zeros(len(minimiser))
+    return _pieces(x, minimiser, zero, L1())
 
 
-def _pieces(root: Float[Array, "R P"], minimiser: Array, w: Array, norm: Norm) -> Polyline:
+def _pieces(C: Float[Array, "R P"], minimiser: Array, w: Array, norm: Norm) -> Polyline:
     """The path of ½‖C(w − w*)‖₂² from w, corner by corner."""
     if not isinstance(norm, L1 | Linf):
         raise ValueError(f"got the norm {norm.name!r}, expected ℓ1 or ℓ∞, try smooth_quadratic")
     direction = _l1_direction if isinstance(norm, L1) else _linf_direction
-    g = root.T @ (root @ (minimiser - w))
+    g = C.T @ (C @ (minimiser - w))
     dual = dual_of(norm, g)
-    path = [(w, 0.0, dual)]
     tie = 1e-10 * dual
+    corners = [w]
+    lengths = [0.0]
+    duals = [dual]
     while dual > tie:
-        u = direction(root, g, tie)
-        slope = root.T @ (root @ u)
+        u = direction(C, g, tie)
+        slope = C.T @ (C @ u)
         kappa = float(u @ slope)
-        step = min(dual / kappa, _first_to_join(g, slope, dual, kappa, norm, tie))
+        joins = _first_to_join(g, slope, dual, kappa, norm, tie)
+        step = min(dual / kappa, joins)
         w = w + step * u
         g = g - step * slope
         dual = max(dual - kappa * step, 0.0)
-        path.append((w, path[-1][1] + step, dual))
-    corners, lengths, duals = zip(*path, strict=True)
-    return Polyline(np.stack(corners), np.array(lengths), np.array([*duals[:-1], 0.0]))
+        corners.append(w)
+        lengths.append(lengths[-1] + step)
+        duals.append(dual)
+    duals[-1] = 0.0
+    return Polyline(np.stack(corners), np.array(lengths), np.array(duals))
 
 
 def _first_to_join(
-    g: Array, slope: Array, dual: float, kappa: float, norm: Norm, tie: float
+    g: Array,
+    slope: Array,
+    dual: float,
+    kappa: float,
+    norm: Norm,
+    tie: float,
 ) -> float:
     """The arclength until another coordinate of g − s·slope ties."""
     if isinstance(norm, L1):  # dual − κs = ±(g − s·slope)
@@ -162,26 +193,33 @@ def _first_to_join(
     else:  # g = s·slope
         ahead = np.abs(g)
         faster = np.sign(g) * slope
-    joins = (ahead > tie) & (faster > 1e-12 * np.abs(slope).max())
-    return float((ahead[joins] / faster[joins]).min(initial=math.inf))
+    rounding = 1e-12 * np.abs(slope).max()
+    joins = (ahead > tie) & (faster > rounding)
+    lengths = ahead[joins] / faster[joins]
+    return float(lengths.min(initial=math.inf))
 
 
-def _l1_direction(root: Array, g: Array, tie: float) -> Array:
+def _l1_direction(C: Array, g: Array, tie: float) -> Array:
     """min ‖Cu‖ over convex combinations of the signed coordinates of largest gradient."""
-    tied = np.flatnonzero(np.abs(g) >= np.abs(g).max() - tie)
-    columns = root[:, tied] * np.sign(g[tied])
+    size = np.abs(g)
+    tied = np.flatnonzero(size >= size.max() - tie)
+    sign = np.sign(g[tied])
+    columns = C[:, tied] * sign
     scale = np.abs(columns).max()
     system = np.vstack([columns / scale, np.ones(len(tied))])
-    fraction = nnls(system, np.append(np.zeros(len(root)), 1.0))[0]
+    goal = np.append(np.zeros(len(C)), 1.0)
+    fraction, _ = nnls(system, goal)
     u = np.zeros_like(g)
-    u[tied] = np.sign(g[tied]) * fraction / fraction.sum()
+    u[tied] = sign * fraction / fraction.sum()
     return u
 
 
-def _linf_direction(root: Array, g: Array, tie: float) -> Array:
+def _linf_direction(C: Array, g: Array, tie: float) -> Array:
     """min ‖Cu‖ over sign(g), with −1 ≤ u ≤ 1 where g is zero."""
     free = np.abs(g) <= tie
     u = np.where(free, 0.0, np.sign(g))
     if free.any():
-        u[free] = lsq_linear(root[:, free], -root @ u, (-1, 1), method="bvls", tol=1e-15).x
+        goal = -C @ u
+        solved = lsq_linear(C[:, free], goal, (-1, 1), method="bvls", tol=1e-15)
+        u[free] = solved.x
     return u

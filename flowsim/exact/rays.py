@@ -33,30 +33,36 @@ class Ray:
 
     def weights(self, s: ArrayLike) -> Array:
         """w at arclengths s, with a last axis for the weights."""
-        return self.w0 + np.multiply.outer(np.asarray(s, dtype=float), self.direction)
+        s = np.asarray(s, dtype=float)
+        return self.w0 + np.multiply.outer(s, self.direction)
 
     def margin(self, s: ArrayLike) -> Array:
         """q(s), the margin of every example; Λ = q − log m."""
         s = np.asarray(s, dtype=float)
-        power = 1 / self.degree
         if self.degree == 1:
             return self.q0 + self.gamma * s
-        return (self.q0**power + self.gamma**power * s) ** self.degree
+        power = 1 / self.degree
+        root = self.q0**power + self.gamma**power * s
+        return root**self.degree
 
     def log_time(self, s: ArrayLike) -> Array:
         """log t at arclengths s."""
-        return np.vectorize(self._log_time_of, otypes=[float])(self.margin(s))
+        log_time = np.vectorize(self._log_time_of, otypes=[float])
+        return log_time(self.margin(s))
 
     def length(self, log_t: ArrayLike) -> Array:
         """The arclength at log t."""
         if self.degree == 1:
-            q = np.logaddexp(self.q0, np.asarray(log_t) + self._log_rate)
+            log_grown = np.asarray(log_t) + self._log_rate
+            q = np.logaddexp(self.q0, log_grown)
             return (q - self.q0) / self.gamma
-        return np.vectorize(self._length_at, otypes=[float])(log_t)
+        length = np.vectorize(self._length_at, otypes=[float])
+        return length(log_t)
 
     @property
     def _log_rate(self) -> float:
-        return math.log(self.examples * self.degree**2) + 2 / self.degree * math.log(self.gamma)
+        L = self.degree
+        return math.log(self.examples * L**2) + 2 / L * math.log(self.gamma)
 
     def _log_time_of(self, q: float) -> float:
         return log_growth(self.q0, q, self.degree) - self._log_rate
@@ -65,12 +71,14 @@ class Ray:
         def late(q: float) -> float:
             return self._log_time_of(q) - log_t
 
-        high = self.q0 + 1
-        power = 1 / self.degree
+        q0 = self.q0
+        high = q0 + 1
         while late(high) < 0:
-            high = self.q0 + 2 * (high - self.q0)
-        q = brentq(late, self.q0 + 1e-300, high, xtol=1e-14, rtol=1e-14)
-        return float((q**power - self.q0**power) / self.gamma**power)
+            high = q0 + 2 * (high - q0)
+        q = brentq(late, q0 + 1e-300, high, xtol=1e-14, rtol=1e-14)
+        power = 1 / self.degree
+        grown = q**power - q0**power
+        return float(grown / self.gamma**power)
 
 
 def log_growth(q0: float, q: float, degree: float) -> float:
@@ -84,10 +92,13 @@ def log_growth(q0: float, q: float, degree: float) -> float:
         return math.log(expi(q) - expi(q0))
     first = max(q0, q - 60)  # what lies below is e^{−60} of the whole
 
-    def density(x: float) -> float:
-        return math.exp(x - q) * x ** (2 / degree - 2)
+    power = 2 / degree - 2
 
-    return q + math.log(quad(density, first, q, epsabs=0, limit=200)[0])
+    def density(x: float) -> float:
+        return math.exp(x - q) * x**power
+
+    integral, _ = quad(density, first, q, epsabs=0, limit=200)
+    return q + math.log(integral)
 
 
 def one_example(z: ArrayLike, w0: ArrayLike, norm: Norm) -> Ray:
@@ -98,8 +109,13 @@ def one_example(z: ArrayLike, w0: ArrayLike, norm: Norm) -> Ray:
     """
     z = np.asarray(z, dtype=float)
     w0 = np.asarray(w0, dtype=float)
-    direction = norm.steepest(torch.from_numpy(z)).numpy()
-    return Ray(w0, direction, float(z @ w0), float(norm.dual(torch.from_numpy(z))))
+    h = torch.from_numpy(z)
+    return Ray(
+        w0,
+        direction=norm.steepest(h).numpy(),
+        q0=float(z @ w0),
+        gamma=float(norm.dual(h)),
+    )
 
 
 def radial_ray(w0: ArrayLike, norm: Norm, q0: float, degree: float, examples: int = 1) -> Ray:
@@ -111,4 +127,5 @@ def radial_ray(w0: ArrayLike, norm: Norm, q0: float, degree: float, examples: in
     margins."""
     w0 = np.asarray(w0, dtype=float)
     size = float(norm.value(torch.from_numpy(w0)))
-    return Ray(w0, w0 / size, q0, q0 / size**degree, degree, examples)
+    gamma = q0 / size**degree
+    return Ray(w0, w0 / size, q0, gamma, degree, examples)

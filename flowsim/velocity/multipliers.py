@@ -39,14 +39,16 @@ class AttractingKinks:
 
     def slope(self, u: _Vector) -> Float[Tensor, ""]:
         """The directional derivative of the level."""
-        return self.b @ u - self.c @ (self.n @ u).clamp_min(0)
+        across = self.n @ u
+        return self.b @ u - self.c @ across.clamp_min(0)
 
     def respected(self, D: _PerKink) -> Slabs:
         """Where u may lie: ⟨n, u⟩ is at most 0 for D = 0, at least 0 for D = 1, 0 in between."""
-        unit = self.n / torch.linalg.vector_norm(self.n, dim=-1, keepdim=True)
-        low = torch.where(D <= 0, -torch.inf, 0.0).to(D)
-        high = torch.where(D >= 1, torch.inf, 0.0).to(D)
-        return Slabs(unit, low, high)
+        zero = torch.zeros_like(D)
+        low = torch.where(D <= 0, -torch.inf, zero)
+        high = torch.where(D >= 1, torch.inf, zero)
+        length = torch.linalg.vector_norm(self.n, dim=-1)
+        return Slabs(self.n / length[:, None], low, high)
 
 
 def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vector]:
@@ -54,7 +56,8 @@ def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vect
     scale = norm.dual(kinks.b)
     if not (len(kinks.c) and scale > 0):  # no gradient is shorter than zero
         return torch.zeros_like(kinks.c), norm.steepest(kinks.b)
-    scaled = replace(kinks, b=kinks.b / scale, c=kinks.c / scale)
+    b = kinks.b / scale
+    scaled = replace(kinks, b=b, c=kinks.c / scale)
     if norm.quadratic:
         D, u = _by_least_squares(norm, scaled)
     elif is_linear(norm):
@@ -67,29 +70,35 @@ def least_dual_norm(norm: Norm, kinks: AttractingKinks) -> tuple[_PerKink, _Vect
 
 def _by_least_squares(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """‖h‖_*² = ⟨h, A⁻¹h⟩ is a quadratic form in the forces c·D, which are in a box."""
-    inverse = norm.by_inverse_metric(kinks.n)  # A⁻¹n (K, P)
-    gram = kinks.n @ inverse.mT
+    n = kinks.n
+    inverse = norm.by_inverse_metric(n)  # A⁻¹n (K, P)
+    gram = n @ inverse.mT
     pull = inverse @ kinks.b
-    sweeps = 40 + 4 * len(kinks.c)
     solved = box.solve_box(
-        gram[None, None], pull[None, None], kinks.c[None, None], max_sweeps=sweeps
+        gram[None, None],
+        pull[None, None],
+        kinks.c[None, None],
+        max_sweeps=40 + 4 * len(n),
     )
     D = solved.force[0, 0] / kinks.c
-    return D, norm.steepest(kinks.gradient(D))
+    h = kinks.gradient(D)
+    return D, norm.steepest(h)
 
 
 def _by_linear_programme(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     """D are the multipliers of s_k ≥ c_k ⟨n_k, u⟩."""
-    steep = (kinks.c[:, None] * kinks.n).cpu().numpy()
-    K = len(steep)
+    b = kinks.b.cpu().numpy()
+    cn = (kinks.c[:, None] * kinks.n).cpu().numpy()
+    K = len(cn)
     programme = BallProgramme(
-        goal=np.append(kinks.b.cpu().numpy(), -np.ones(K)),
-        rows=np.hstack([steep, -np.eye(K)]),
+        goal=np.append(b, -np.ones(K)),
+        rows=np.hstack([cn, -np.eye(K)]),
         lowest=np.zeros(K),
     )
     best = linear_optimum(programme, norm)
     D = torch.from_numpy(best.multipliers).to(kinks.b)
-    return D.clamp(0, 1), torch.from_numpy(best.u).to(kinks.b)
+    u = torch.from_numpy(best.u).to(kinks.b)
+    return D.clamp(0, 1), u
 
 
 def _by_splitting(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
@@ -99,8 +108,11 @@ def _by_splitting(norm: Norm, kinks: AttractingKinks) -> tuple[Tensor, Tensor]:
     c = kinks.c * length
 
     def prox(z: Tensor, rho: float) -> Tensor:
-        return torch.where(z > 0, (z - c / rho).clamp_min(0), z)
+        lowered = z - c / rho
+        return torch.where(z > 0, lowered.clamp_min(0), z)
 
-    form = Form(kinks.b.new_zeros(0, len(kinks.b)), 0.0, kinks.b)
-    done = split(form, norm.project, unit, prox, start=norm.steepest(kinks.b))
-    return (done.force / c).clamp(0, 1), done.at
+    b = kinks.b
+    form = Form(unit[:0], 0.0, b)
+    done = split(form, norm.project, unit, prox, start=norm.steepest(b))
+    D = done.force / c
+    return D.clamp(0, 1), done.at

@@ -108,15 +108,26 @@ def variation(
     kinks = _Place.of(objective, w, D, False).attracting()[1]
     least = _Least(selection.ascent, D, kinks, u)
     Hu = _hessian_along(objective, w, u, D)
+    lowest, width = _range_over_ties(norm, least, Hu, tol)
+    short = (Hu * u).sum(-1) - lowest
+    return torch.where(width == 0, 0.0, short / width)
+
+
+def _range_over_ties(
+    norm: Norm, least: "_Least", a: _Rows, tol: float
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """The least ⟨a, v⟩ over the velocities v that tie, and the width of its range over the face,
+    which is zero where only rounding is left of it."""
     face = norm.face(least.h, tol)
-    lowest = -face.support(-Hu)
-    width = face.support(Hu) - lowest
-    flat = width <= FLAT * norm.dual(Hu)
-    for row, here in enumerate(kinks):
-        if len(here.c) and not flat[row]:
+    lowest = -face.support(-a)
+    width = face.support(a) - lowest
+    width = torch.where(width <= FLAT * norm.dual(a), 0.0, width)
+    for row, here in enumerate(least.kinks):
+        if len(here.c) and width[row] > 0:
             alone = norm.face(least.h[row], tol)
-            lowest[row] = -support_within(alone, -Hu[row], least.slabs(row))
-    return torch.where(flat, 0.0, ((Hu * u).sum(-1) - lowest) / torch.where(flat, 1.0, width))
+            slabs = least.slabs(row)
+            lowest[row] = -support_within(alone, -a[row], slabs)
+    return lowest, width
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,8 +139,15 @@ def _hinges(objective: Objective, w: _Rows) -> Hinges:
     """The kinks of the level, which may be none."""
     if objective.kinks:
         return objective.hinges(w)
-    h = objective.ascent(w)[1]
-    return Hinges(h[:, :0], h[:, :0], h, lambda _: torch.zeros_like(h), lambda v: v[:, :0])
+    _, h = objective.ascent(w)
+    none = h[:, :0]
+    return Hinges(
+        none,
+        none,
+        base=h,
+        combine=lambda _: torch.zeros_like(h),
+        along=lambda _: none,
+    )
 
 
 @dataclass(frozen=True)
@@ -166,39 +184,49 @@ class _Place:
             stored = stored.reshape(hinges.z.shape).to(hinges.z)
             inside = (stored > 0) & (stored < 1)
             side = (stored >= 0.5) ^ (inside & opposite)
-        on = inside | (hinges.z.abs() <= _rounding(hinges, w))
-        on &= hinges.along(_probe(w).expand_as(w)) != 0  # a normal that is zero makes no kink
-        return _Place(hinges, on, torch.where(on, side, hinges.z > 0))
+        z = hinges.z
+        on = inside | (z.abs() <= _rounding(hinges, w))
+        on &= hinges.along(_probe(w)) != 0  # a normal that is zero makes no kink
+        side = torch.where(on, side, z > 0)
+        return _Place(hinges, on, side)
 
     def attracting(self) -> tuple[_PerKink, list[AttractingKinks]]:
         """The attracting kinks that w is on, row by row, and the multipliers of all others, with 0
         for these."""
-        free = self.on & (self.hinges.jump < 0)
-        D = (self.side & ~free).to(self.hinges.z)
-        b = self.hinges.gradient(D)
-        normals = _normals(self.hinges, free)
-        index = [row.nonzero()[:, 0] for row in free]
-        c = [-jump[k] for jump, k in zip(self.hinges.jump, index, strict=True)]
-        return D, list(map(AttractingKinks, b, normals, c, index))
+        hinges = self.hinges
+        free = self.on & (hinges.jump < 0)
+        D = (self.side & ~free).to(hinges.z)
+        b = hinges.gradient(D)
+        normals = _normals(hinges, free)
+        kinks = []
+        for row, n in enumerate(normals):
+            index = free[row].nonzero()[:, 0]
+            c = -hinges.jump[row, index]
+            kinks.append(AttractingKinks(b[row], n, c, index))
+        return D, kinks
 
     def least(self, norm: Norm) -> _Least:
         """See `_Least`; h is zero where only rounding is left of its terms."""
         D, kinks = self.attracting()
-        found = [least_dual_norm(norm, here) for here in kinks]
+        u = []
         for row, here in enumerate(kinks):
-            D[row, here.index] = found[row][0]
+            D[row, here.index], direction = least_dual_norm(norm, here)
+            u.append(direction)
         h = self.hinges.gradient(D)
-        terms = norm.dual(torch.stack([here.b for here in kinks]))
-        cancelled = norm.dual(h) <= ZERO * terms
+        b = torch.stack([here.b for here in kinks])
+        cancelled = norm.dual(h) <= ZERO * norm.dual(b)
         h = torch.where(cancelled[:, None], 0.0, h)
-        return _Least(h, D, kinks, torch.stack([u for _, u in found]))
+        return _Least(h, D, kinks, torch.stack(u))
 
     def entered(self, norm: Norm, h: _Rows, u: _Rows) -> _Which:
         """The repelling kinks whose other side u enters. To take that side raises the slope, so
         that turning ends."""
-        across = self.hinges.along(u) * (1 - 2 * self.side.to(u))
-        gain = self.hinges.jump * across
-        return self.on & (self.hinges.jump > 0) & (gain > FLAT * norm.dual(h)[:, None])
+        jump = self.hinges.jump
+        repels = self.on & (jump > 0)
+        across = torch.where(self.side, -1, 1)
+        gain = jump * self.hinges.along(u) * across
+        slope = norm.dual(h)[:, None]
+        return repels & (gain > FLAT * slope)
 
 
 def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> _PerKink:
@@ -206,25 +234,30 @@ def _rounding(hinges: Hinges, w: Tensor, probes: int = 4) -> _PerKink:
     generator = torch.Generator().manual_seed(0)
     bound = hinges.z.abs()
     for _ in range(probes):
-        sign = torch.randint(2, w.shape[1:], generator=generator).to(w) * 2 - 1
-        bound = bound.maximum(hinges.along(w * sign).abs())
+        bits = torch.randint(2, w.shape[1:], generator=generator)
+        sign = bits.to(w) * 2 - 1
+        z = hinges.along(w * sign)
+        bound = bound.maximum(z.abs())
     return ROUNDING * torch.finfo(w.dtype).eps * bound
 
 
-def _probe(w: Tensor) -> Float[Tensor, " P"]:
-    """A fixed vector that is orthogonal to nothing by accident."""
+def _probe(w: _Rows) -> _Rows:
+    """A fixed vector that is orthogonal to nothing by accident, in every row."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(w.shape[1:], generator=generator, dtype=w.dtype).to(w.device)
+    probe = torch.randn(w.shape[1:], generator=generator, dtype=w.dtype)
+    return probe.to(w.device).expand_as(w)
 
 
 def _normals(hinges: Hinges, free: _Which) -> list[Float[Tensor, "k P"]]:
     """Normals of the free kinks of each row, one kink of every row at a time."""
     counts = free.sum(-1).tolist()
     order = free.int().argsort(stable=True, dim=-1, descending=True)
+    first = order[:, : max(counts)]
     none = torch.zeros_like(hinges.z)
     normals = [hinges.base]  # stands before the first, of which there may be none
-    for kink in order[:, : max(counts)].split(1, dim=1):
-        normals.append(hinges.combine(none.scatter(1, kink, 1.0)))
+    for kink in first.split(1, dim=1):
+        only = none.scatter(1, kink, 1.0)
+        normals.append(hinges.combine(only))
     rows = torch.stack(normals, 1)[:, 1:]
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
@@ -240,13 +273,16 @@ def _directions(objective: Objective, norm: Norm, w: _Rows, least: _Least, tol: 
     if not norm.ties:
         return u
     face = norm.face(least.h, tol)
-    probe = _probe(w).expand_as(w)
+    probe = _probe(w)
     width = face.support(probe) + face.support(-probe)
-    tied = (width > FLAT * norm.dual(probe)) & (norm.dual(least.h) > 0)
-    for row in tied.nonzero():
-        C = objective.select(row).curvature(w[row])[0]
-        alone = norm.face(least.h[row[0]], tol)
-        u[row] = least_curved(alone, C, least.slabs(int(row)), u[row[0]])
+    tied = width > FLAT * norm.dual(probe)
+    tied &= norm.dual(least.h) > 0
+    for index in tied.nonzero():
+        row = int(index)
+        C = objective.select(index).curvature(w[index])[0]
+        alone = norm.face(least.h[row], tol)
+        slabs = least.slabs(row)
+        u[row] = least_curved(alone, C, slabs, u[row])
     return u
 
 
@@ -259,23 +295,29 @@ def _selection(
 ) -> Selection:
     dual = norm.dual(least.h)
     slope = torch.stack([here.slope(v) for here, v in zip(least.kinks, u, strict=True)])
-    gap = torch.where(dual > 0, (dual - slope) / torch.where(dual > 0, dual, 1.0), 0.0)
+    rises = dual > 0
+    gap = (dual - slope) / torch.where(rises, dual, 1.0)
+    gap = torch.where(rises, gap, 0.0)
     at = Selection(u, least.h, dual, objective.lam(w), gap)
     if not objective.kinks:
         return at
     D = least.D
-    return replace(at, multipliers=D, sliding=(D > 0) & (D < 1))
+    sliding = (D > 0) & (D < 1)
+    return replace(at, multipliers=D, sliding=sliding)
 
 
 def _hessian_along(objective: Objective, w: _Rows, u: _Rows, D: Tensor) -> _Rows:
     """Hu for H = −∇² of the level with fixed multipliers, up to a multiple of h."""
     if objective.convex:
         C = objective.curvature(w)
-        return (C.mT @ (C @ u[..., None]))[..., 0]
+        Hu = C.mT @ (C @ u[..., None])
+        return Hu[..., 0]
     # central differences, over a length at which their two errors balance
     largest = w.abs().amax(-1, keepdim=True)
     fastest = u.abs().amax(-1, keepdim=True)
-    t = torch.finfo(w.dtype).eps ** (1 / 3) * torch.where(largest > 0, largest, 1.0)
+    size = torch.where(largest > 0, largest, 1.0)
+    t = torch.finfo(w.dtype).eps ** (1 / 3) * size
     t = t / torch.where(fastest > 0, fastest, 1.0)
-    before, after = (_hinges(objective, at).gradient(D) for at in (w - t * u, w + t * u))
+    before = _hinges(objective, w - t * u).gradient(D)
+    after = _hinges(objective, w + t * u).gradient(D)
     return (before - after) / (2 * t)

@@ -43,14 +43,19 @@ def least_curved(face: Face, C: Float[Tensor, "R P"], slabs: Slabs, start: _Vect
     u = start
     zero = torch.zeros_like(start)
     if len(s):
-        form = Form((s / s[0])[:, None] * seen, 0.0, zero)
-        u = slabs.minimum(form, face, u).at
+        relative = s / s[0]
+        curvature = Form(relative[:, None] * seen, 0.0, zero)
+        u = slabs.minimum(curvature, face, u).at
     if len(s) == len(u):
         return u
     fixed = seen @ u
-    rows = torch.cat([slabs.n, seen])
-    fixing = Slabs(rows, torch.cat([slabs.low, fixed]), torch.cat([slabs.high, fixed]))
-    return fixing.minimum(Form(C[:0], 1.0, zero), face, u).at
+    fixing = Slabs(
+        n=torch.cat([slabs.n, seen]),
+        low=torch.cat([slabs.low, fixed]),
+        high=torch.cat([slabs.high, fixed]),
+    )
+    length = Form(C[:0], 1.0, zero)
+    return fixing.minimum(length, face, u).at
 
 
 def support_within(face: Face, a: _Vector, slabs: Slabs) -> Float[Tensor, ""]:
@@ -63,4 +68,5 @@ def support_within(face: Face, a: _Vector, slabs: Slabs) -> Float[Tensor, ""]:
     force = slabs.minimum(form, face, face.element()).force
     force = torch.where(torch.isinf(slabs.low), force.clamp_min(0), force)
     force = torch.where(torch.isinf(slabs.high), force.clamp_max(0), force)
-    return face.support(a - scale * (force @ slabs.n))
+    left = a - scale * (force @ slabs.n)
+    return face.support(left)
