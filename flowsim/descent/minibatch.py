@@ -78,12 +78,13 @@ class MiniBatches(Labelled):
         drawn = given.memory
         if "stream" not in drawn:
             drawn = self._first_epoch(problem, given.w)
+        stream = drawn["stream"]
         order = drawn["order"]
         sampled = self._sampled(problem, order, drawn["age"])
         state = self.rule.start(sampled, w_or_state)
         # a batch without a gradient is no reason to stop
         state = replace(state, status=given.status)
-        return self._seen(problem, state, stream=drawn["stream"], order=order)
+        return self._seen(problem, state, stream=stream, order=order)
 
     def _first_epoch(self, problem: Problem, w: Rows) -> Memory:
         streams = [_stream(row, self.seed) for row in w]
@@ -99,7 +100,8 @@ class MiniBatches(Labelled):
         def step(part: Problem, local: State) -> State:
             memory = local.memory
             age = memory["age"] + 1  # of the gradient that the step ends with
-            order = self._shuffled(part, memory["stream"], age, memory["order"])
+            stream = memory["stream"]
+            order = self._shuffled(part, stream, age, memory["order"])
             sampled = self._sampled(part, order, age)
             readings = local.readings | {"lam": memory["level"]}
             estimated = replace(local, readings=readings)
@@ -125,15 +127,18 @@ class MiniBatches(Labelled):
     ) -> Tensor:
         """The order of examples, drawn anew for the trajectories that begin an epoch."""
         epoch = self._epoch(problem)
-        begins = (age % epoch == 0).nonzero().squeeze(1)
-        if begins.numel() == 0:
+        begins = age % epoch == 0
+        if not bool(begins.any()):
             return order
+        index = begins.nonzero().squeeze(1)
         rows = []
-        for b in begins:
+        for b in index:
             number = int(age[b]) // epoch
-            rows.append(self._drawn(problem.examples, int(stream[b]), number))
+            row = self._drawn(problem.examples, int(stream[b]), number)
+            rows.append(row)
         drawn = torch.stack(rows).to(age.device)
-        return order.to(age.device).index_copy(0, begins, drawn)
+        order = order.to(age.device)
+        return order.index_copy(0, index, drawn)
 
     def _drawn(self, examples: int, stream: int, epoch: int) -> Int[Tensor, " N"]:
         seed = zlib.crc32(f"{stream} {epoch}".encode())
@@ -143,7 +148,8 @@ class MiniBatches(Labelled):
         return torch.randperm(examples, generator=generator)
 
     def _sampled(self, problem: Problem, order: Tensor, age: Tensor) -> Any:
-        first = (age % self._epoch(problem)).long() * self.size
+        number = (age % self._epoch(problem)).long()
+        first = number * self.size
         places = torch.arange(self.size, device=order.device)
         index = order.gather(1, first[:, None] + places)
         return Sampled(problem, problem.examples_of(index))

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.checks import require_share
+from flowsim.descent.rule import Memory
 from flowsim.motion.state import State
 from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
@@ -66,10 +67,12 @@ def _factors(
     log_keep: PerTrajectory, log_add: PerTrajectory, w: Rows
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``keep``, ``add`` and ``rest`` of a `Frame` in the numbers of the weights."""
-    largest = 0.9 * math.log(torch.finfo(w.dtype).max)
+    numbers = torch.finfo(w.dtype)
+    largest = 0.9 * math.log(numbers.max)
     excess = (log_add - largest).clamp_min(0.0)
     logs = torch.stack([log_keep, log_add - excess, excess])
-    keep, add, rest = torch.exp(logs).to(w)[..., None]
+    factors = torch.exp(logs).to(w)
+    keep, add, rest = factors[..., None]
     overflows = bool((excess > 0).any())
     return keep, add, rest if overflows else None
 
@@ -99,16 +102,17 @@ class Momentum(ABC):
     def update(self, kept: Rows, g: Rows) -> tuple[Rows, Rows]:
         """m from ``kept`` = βm and the gradient, and what is followed."""
 
-    def blank(self, state: State) -> dict[str, Tensor]:
+    def blank(self, state: State) -> Memory:
         """What is remembered before the first step."""
         m = torch.zeros_like(state.w)
         return {"momentum": m, "frame": no_frame(state)}
 
-    def followed(self, objective: Objective, state: State) -> tuple[Tensor, dict[str, Tensor]]:
+    def followed(self, objective: Objective, state: State) -> tuple[Rows, Memory]:
         """What is followed after the gradient at ``state``, in units of the frame, and what is
         remembered; both of ascent, −g."""
         frame = Frame.follow(objective, state, self.beta)
-        kept = self.beta * frame.keep * state.memory["momentum"]
+        m = state.memory["momentum"]
+        kept = self.beta * frame.keep * m
         g = frame.gradient(state)
         m, followed = self.update(kept, g)
         return followed, {"momentum": m, "frame": frame.log_unit}

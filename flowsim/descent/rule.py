@@ -81,7 +81,8 @@ def take(
         step_size=state.step_size,
         memory=memory,
     )
-    finite = torch.isfinite(lam + here["dual_norm"] + here["size"])
+    total = lam + here["dual_norm"] + here["size"]
+    finite = torch.isfinite(total)
     if bool(finite.all()):
         return moved
     moved = replace(moved, segment=state.segment)
@@ -100,16 +101,18 @@ def _readings(
         length = norm.value(step.move).double()
     log_time = step.log_time
     if log_time is None:
-        rates = (log_time_rate(objective, at["lam"], at["dual_norm"]) for at in (here, there))
-        log_time = torch.log(length) + log_mean_exp(*rates)
+        rate0 = log_time_rate(objective, here["lam"], here["dual_norm"])
+        rate1 = log_time_rate(objective, there["lam"], there["dual_norm"])
+        log_time = torch.log(length) + log_mean_exp(rate0, rate1)
     dual_norm = 0.5 * (here["dual_norm"] + there["dual_norm"])
     size = 0.5 * (here["size"] + there["size"])
+    relative = torch.where(size > 0, length / size, 0.0)
     return {
         "steps": before["steps"] + 1,
         "lam": there["lam"],
         "log_time": torch.logaddexp(before["log_time"], log_time),
         "arclength": before["arclength"] + length,
-        "relative": before["relative"] + torch.where(size > 0, length / size, 0.0),
+        "relative": before["relative"] + relative,
         "dissipated": before["dissipated"] + length * dual_norm,
     }
 
@@ -180,7 +183,7 @@ class Discrete(Labelled, ABC):
         own = {"age": age, "kind": kind, **self.blank(problem, state)}
         old = w_or_state.memory if isinstance(w_or_state, State) else {}
         same = all(name in old and old[name].shape == own[name].shape for name in own)
-        if same and torch.equal(own["kind"], old["kind"]):
+        if same and torch.equal(kind, old["kind"]):
             own = {name: old[name] for name in own}
         return replace(state, memory=state.memory | own)
 
@@ -243,7 +246,8 @@ class WithLearningRate(Discrete):
         log_lr = self.schedule.log(age, lam)
         step, remembered = self.plan(problem, norm, state, log_lr)
         if self.decay:
-            fraction = (self.decay * torch.exp(log_lr)).to(state.w)
-            lost = fraction[:, None] * state.w
-            step = Step(step.move - lost, log_time=step.log_time)
+            fraction = self.decay * torch.exp(log_lr)
+            lost = fraction.to(state.w)[:, None] * state.w
+            move = step.move - lost
+            step = Step(move, log_time=step.log_time)
         return take(problem, norm, state, step, remembered)

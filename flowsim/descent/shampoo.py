@@ -83,23 +83,27 @@ class Shampoo(WithLearningRate):
     def plan(
         self, problem: Objective, norm: Norm, state: State, log_lr: PerTrajectory
     ) -> tuple[Step, Memory]:
-        forget = 1.0 if self.beta is None else math.sqrt(self.beta)
+        kept = 1.0 if self.beta is None else self.beta
+        forget = math.sqrt(kept)
         frame = Frame.follow(problem, state, forget)
         direction, moments = self._preconditioned(problem.layout, state, frame)
         # of each side e^{−2pS}, and e^{S} of the gradient
-        log_scale = log_lr + (1 - 4 * self.exponent) * frame.log_unit
+        power = 1 - 4 * self.exponent
+        log_scale = log_lr + power * frame.log_unit
         scale = torch.exp(log_scale).to(state.w)
         log_time = log_lr
         if self.beta is None:
             log_time = log_lr / (1 - 2 * self.exponent)
-        step = Step(scale[:, None] * direction, log_time=log_time)
-        return step, {"frame": frame.log_unit, **moments}
+        move = scale[:, None] * direction
+        own = {"frame": frame.log_unit, **moments}
+        return Step(move, log_time=log_time), own
 
     def _preconditioned(self, layout: Layout, state: State, frame: Frame) -> tuple[Rows, Memory]:
         """The gradient between its two powers, and the moments of all blocks; in the frame's
         units."""
         ascent = frame.gradient(state)
-        eps = frame.inside(self.eps, 2).to(state.w)
+        eps = frame.inside(self.eps, 2)
+        eps = eps.to(state.w)
         parts = []
         remembered: Memory = {}
         for i, block in enumerate(layout):
@@ -119,31 +123,35 @@ class Shampoo(WithLearningRate):
         moments = {}
         for side, square in squares.items():
             if side in state.memory:
-                moments[side] = factor * state.memory[side] + added * square
+                moment = factor * state.memory[side]
+                moments[side] = moment + added * square
         return moments
 
     def _direction(self, G: Tensor, moments: list[Tensor], eps: PerTrajectory) -> Tensor:
         """(L + ε)^{−p} G (R + ε)^{−p}; with one moment (L + ε)^{−2p} G; with none those of G
         alone."""
+        p = self.exponent
         if len(moments) == 2:
-            left = _power(moments[0], eps, -self.exponent)
-            right = _power(moments[1], eps, -self.exponent)
+            left = _power(moments[0], eps, -p)
+            right = _power(moments[1], eps, -p)
             return left @ G @ right
         if len(moments) == 1:
-            return _power(moments[0], eps, -2 * self.exponent) @ G
+            return _power(moments[0], eps, -2 * p) @ G
         u, s, v = svd(G)
         unit = max(G.shape[1:]) * torch.finfo(s.dtype).eps
-        rounding = unit * s.amax(-1, keepdim=True)
-        s = torch.where(s <= rounding, 0.0, s)
-        powers = _power_or_zero(s**2 + eps[:, None], -2 * self.exponent)
-        scaled = s * powers
+        largest = s.amax(-1, keepdim=True)
+        s = torch.where(s <= unit * largest, 0.0, s)
+        squares = s**2 + eps[:, None]
+        scaled = s * _power_or_zero(squares, -2 * p)
         return (u * scaled[:, None, :]) @ v.mT
 
 
 def _matrix(block: Block, w: Tensor) -> Float[Tensor, "B m n"]:
     """The block as a matrix (out, rest), a vector as a column."""
     part = block.of(w)
-    return part.flatten(2) if len(block.shape) > 1 else part[..., None]
+    if len(block.shape) == 1:
+        return part[..., None]
+    return part.flatten(2)
 
 
 def _power(
@@ -152,8 +160,8 @@ def _power(
     """(M + ε)^power, zero on eigenvectors where M + ε is zero."""
     values, basis = torch.linalg.eigh(moment)
     unit = moment.shape[-1] * torch.finfo(moment.dtype).eps
-    rounding = unit * values[..., -1:]
-    values = torch.where(values <= rounding, 0.0, values)
+    largest = values[..., -1:]
+    values = torch.where(values <= unit * largest, 0.0, values)
     powers = _power_or_zero(values + eps[:, None], power)
     return (basis * powers[:, None, :]) @ basis.mT
 

@@ -46,7 +46,8 @@ class SmallStep(Labelled):
         state = begin(problem, norm, w_or_state)
         move = torch.zeros_like(state.w)
         length = torch.zeros_like(state.readings["lam"])
-        return replace(state, segment=_segment(problem, state, state, move, length))
+        segment = _segment(problem, state, state, move, length)
+        return replace(state, segment=segment)
 
     def advance(self, problem: Objective, state: State, until: Target, budget: int) -> State:
         norm = self.norm.bind(problem.layout)
@@ -62,12 +63,15 @@ class SmallStep(Labelled):
         if problem.degree > 1:
             share = self.relative / (problem.degree - 1)
             largest = state.w.abs().amax(-1)
-            reach = share * largest / u.abs().amax(-1)
+            fastest = u.abs().amax(-1)
+            reach = share * largest / fastest
             length = torch.minimum(length, reach.double())
         move = length.to(u)[:, None] * u
-        moved = take(problem, norm, state, Step(move, length))
+        step = Step(move, length)
+        moved = take(problem, norm, state, step)
         moved = stop_if_still(moved, state)
-        return replace(moved, segment=_segment(problem, state, moved, move, length))
+        segment = _segment(problem, state, moved, move, length)
+        return replace(moved, segment=segment)
 
 
 def _segment(objective: Objective, a: State, b: State, move: Tensor, length: Tensor) -> Segment:
@@ -92,6 +96,8 @@ def _rates(
     objective: Objective, at: State, move: Tensor, length: Tensor
 ) -> tuple[PerTrajectory, PerTrajectory]:
     """dΛ/du and log dt/du at an end of the step."""
-    lam_slope = (at.memory["ascent"] * move).sum(-1).double()
-    rate = log_time_rate(objective, at.readings["lam"], at.memory["dual_norm"])
-    return lam_slope, torch.log(length) + rate
+    h = at.memory["ascent"]
+    lam_slope = (h * move).sum(-1)
+    lam = at.readings["lam"]
+    rate = log_time_rate(objective, lam, at.memory["dual_norm"])
+    return lam_slope.double(), torch.log(length) + rate

@@ -81,14 +81,17 @@ class SteepestDescent(WithLearningRate):
             followed, own = self.momentum.followed(problem, state)
             strength = norm.dual(followed).double()
             log_strength = own["frame"] + torch.log(strength)
-        length = torch.exp(log_lr if self.normalized else log_lr + log_strength)
+        log_length = log_lr if self.normalized else log_lr + log_strength
+        length = torch.exp(log_length)
         move = length.to(followed)[:, None] * norm.steepest(followed)
         return Step(move, length, self._log_time(log_lr, log_force)), own
 
     def _log_time(self, log_lr: Tensor, log_force: Tensor) -> Tensor | None:
         if self.momentum is None:
             return log_lr - log_force if self.normalized else log_lr
-        return None if self.normalized else log_lr + math.log(self.momentum.gain)
+        if self.normalized:
+            return None
+        return log_lr + math.log(self.momentum.gain)
 
 
 def GradientDescent(

@@ -93,7 +93,8 @@ class TorchOptimiser(Discrete):
         if float(state.memory["age"]) > 0:
             _recall(optimiser, parameters, state.memory)
         optimiser.step()
-        w = torch.cat([p.detach().flatten() for p in parameters])
+        weights = [p.detach().flatten() for p in parameters]
+        w = torch.cat(weights)
         return w[None], _remembered(optimiser, parameters)
 
     def _parts(self, layout: Layout, w: Tensor) -> list[Tensor]:

@@ -88,7 +88,8 @@ def curves(
     logarithmic axis. With ``marks``, a circle where the run separated and a triangle at its t₀."""
     ax = along(against, ax)
     for label, run, look in dressed(labelled(runs)):
-        x, middle = draw(ax, position(run, against), value(run), look, label)
+        places = position(run, against)
+        x, middle = draw(ax, places, value(run), look, label)
         moments = {"o": separation(run, against), "^": crossing(run, against)}
         for marker, moment in moments.items():
             if marks and np.isfinite(moment):
@@ -118,7 +119,8 @@ def bands(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
     reached = _known(x, y).all(1)
     if not reached.any():
         return (np.full(1, np.nan),) * 4
-    grid = np.sort(np.median(x[reached], axis=1))
+    medians = np.median(x[reached], axis=1)
+    grid = np.sort(medians)
     columns = zip(x.T, y.T, strict=True)
     read = np.array([_read(grid, *column) for column in columns])
     low, middle, high = np.quantile(read, [0.1, 0.5, 0.9], axis=0)
@@ -175,7 +177,8 @@ def norm_symbol(norm: str) -> str:
 def degree(runs: Runs) -> str:
     """The exponent that normalises a margin: a number if all runs have it in common."""
     records = [run.provenance for run in labelled(runs).values()]
-    first, *others = {record.get("objective", {}).get("degree") for record in records}
+    objectives = [record.get("objective", {}) for record in records]
+    first, *others = {objective.get("degree") for objective in objectives}
     return "L" if others or first is None else f"{first:g}"
 
 

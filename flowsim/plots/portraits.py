@@ -37,7 +37,8 @@ def kkt_residuals(
     observed = [name for name in _KKT if f"{name}_{norm}" in run]
     for index, name in enumerate(observed):
         y = run[f"{name}_{norm}"][:, trajectory]
-        y = 1 - y if name == "alignment" else y
+        if name == "alignment":
+            y = 1 - y
         ax.plot(x, y, label=_KKT[name], **look(index))
     if f"excess_{norm}" in run:
         low = run[f"floor_{norm}"][:, trajectory]
@@ -64,12 +65,14 @@ def multiplier_paths(
     multipliers = run[f"multipliers_{norm}"][:, trajectory]  # (K, N)
     known = np.isfinite(multipliers).all(-1)
     last = multipliers[known][-1]
+    largest = last.max()
     for rank, i in enumerate(np.argsort(-last)):
-        supports = last[i] >= 0.1 * last.max()
+        supports = last[i] >= 0.1 * largest
         style = look(rank) if supports else _REST
         ax.plot(x, multipliers[:, i], **style)
     ax.set_yscale("log", nonpositive="mask")
-    ax.set_ylim(1e-6 * last.max(), 3 * np.nanmax(multipliers))
+    top = 3 * np.nanmax(multipliers)
+    ax.set_ylim(1e-6 * largest, top)
     ax.set_ylabel(r"multipliers $\lambda_i$")
     return ax
 
@@ -81,9 +84,11 @@ def residuals(at: Stationarity, *, trajectory: int = 0, ax: Axes | None = None) 
     tols = [0.0, *np.logspace(-6, 0, 121)]
     places = np.maximum(tols, 1e-7)
     _, residual = at.residuals(tols)
+    residual = residual[:, trajectory].cpu()
     misaligned = 1 - at.alignment[trajectory].item()
-    ax.plot(places, residual[:, trajectory].cpu(), drawstyle="steps-post", **look(0))
-    ax.axhline(max(misaligned, 0.0) ** 0.5, color="0.5", linestyle=":")
+    near = max(misaligned, 0.0) ** 0.5
+    ax.plot(places, residual, drawstyle="steps-post", **look(0))
+    ax.axhline(near, color="0.5", linestyle=":")
     ax.set_xscale("log")
     ax.set_ylim(bottom=0)
     ax.set_xlabel(r"face tolerance $\eta$")
@@ -114,16 +119,11 @@ def neurons(
     w = torch.from_numpy(run.weights[:, trajectory])
     w = w[w.isfinite().all(-1)]  # (K, P)
     _draw_decision(problem, w[-1:], 1.3 * largest, ax)
-
-    first, last = (block.of(w) for block in problem.layout)  # (K, m, 2), (K, 1, m)
-    paths = last.abs().mT * first
-    paths *= largest / paths[-1].norm(dim=-1).max()
-    for path, vote in zip(paths.unbind(1), last[-1, 0], strict=True):
-        colour = look(_CROSSES if vote > 0 else _CIRCLES)["color"]
-        ax.plot(*path.T, "-", color=colour, linewidth=0.7, alpha=0.7)
-        ax.plot(*path[-1], ".", color=colour, markersize=4)
-    ax.plot(*x[y == 1].T, "x", **_DATA)
-    ax.plot(*x[y == -1].T, "o", **_DATA)
+    _draw_paths(problem, w, largest, ax)
+    crosses = x[y == 1]
+    circles = x[y == -1]
+    ax.plot(*crosses.T, "x", **_DATA)
+    ax.plot(*circles.T, "o", **_DATA)
     ax.set_xlabel(r"$x_1$; neurons $|a_j| w_{j1}$, scaled")
     ax.set_ylabel(r"$x_2$; neurons $|a_j| w_{j2}$, scaled")
     return ax
@@ -136,13 +136,29 @@ def _require_plane(problem: Problem) -> None:
         raise ValueError("neurons: got another net, expected MLP([2, m, 1]) on inputs in the plane")
 
 
+def _draw_paths(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) -> None:
+    """The neurons along weights ``(K, P)``, scaled to end within ``reach`` of 0."""
+    first, last = (block.of(w) for block in problem.layout)  # (K, m, 2), (K, 1, m)
+    paths = last.abs().mT * first
+    ends = paths[-1].norm(dim=-1)
+    paths *= reach / ends.max()
+    votes = last[-1, 0]
+    for path, vote in zip(paths.unbind(1), votes, strict=True):
+        voted = _CROSSES if vote > 0 else _CIRCLES
+        colour = look(voted)["color"]
+        ax.plot(*path.T, "-", color=colour, linewidth=0.7, alpha=0.7)
+        ax.plot(*path[-1], ".", color=colour, markersize=4)
+
+
 def _draw_decision(problem: Problem, w: torch.Tensor, reach: float, ax: Axes) -> None:
     """Where the output of the net with weights ``(1, P)`` changes its sign, within ``reach`` of
     0."""
     ticks = torch.linspace(-reach, reach, 121, dtype=torch.float64)
     points = torch.cartesian_prod(ticks, ticks)
-    f = problem.net.outputs(w, points).view(121, 121).mT
-    ax.contourf(ticks, ticks, f.sign(), levels=[-1.5, 0, 1.5], colors=_SIDES, zorder=0)
+    outputs = problem.net.outputs(w, points)
+    f = outputs.view(121, 121).mT
+    halves = [-1.5, 0, 1.5]
+    ax.contourf(ticks, ticks, f.sign(), levels=halves, colors=_SIDES, zorder=0)
     ax.contour(ticks, ticks, f, levels=[0.0], colors="0.3", linewidths=0.8)
     ax.set_xlim(-reach, reach)
     ax.set_ylim(-reach, reach)

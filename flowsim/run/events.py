@@ -56,15 +56,18 @@ class Event:
     @property
     def sentence(self) -> str:
         """The event in words."""
-        made = getattr(self.measure, "__qualname__", "measure").partition(".<locals>")[0]
+        made = getattr(self.measure, "__qualname__", "measure")
+        maker = made.partition(".<locals>")[0]
         sign = "≤" if self.falling else "≥"
         end = ", then stop" if self.stop else ""
-        return f"{self.name or made} {sign} {self.level:g}{end}"
+        return f"{self.name or maker} {sign} {self.level:g}{end}"
 
     def reached(self, problem: Objective, state: State, who: str) -> Mask:
         """Where the measure has reached the level; ``who`` asks, for errors."""
         value = self.value(problem, state, who)
-        return value <= self.level if self.falling else value >= self.level
+        if self.falling:
+            return value <= self.level
+        return value >= self.level
 
     def value(self, problem: Objective, state: State, who: str) -> PerTrajectory:
         """What is measured."""
@@ -82,7 +85,9 @@ class Event:
 
 def shape_of(value: Any) -> str:
     """What an observer has returned, in words."""
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def inside(problem: Objective, state: State, u: PerTrajectory) -> State:
@@ -93,9 +98,14 @@ def inside(problem: Objective, state: State, u: PerTrajectory) -> State:
     w, readings = state.segment.at(u)
     lam = problem.lam(w).double()
     readings["lam"] = torch.where(u < 1, lam, readings["lam"])
-    multipliers = state.segment.multipliers(u)
-    moved = replace(state, w=w, readings=readings, multipliers=multipliers)
-    return replace(moved, memory={}, segment=None)
+    return replace(
+        state,
+        w=w,
+        readings=readings,
+        memory={},
+        multipliers=state.segment.multipliers(u),
+        segment=None,
+    )
 
 
 class Watch:
@@ -156,13 +166,17 @@ class Watch:
 
     def _record(self, name: str, state: State, u: PerTrajectory, new: Mask) -> None:
         point = self._inside(state, u)
-        value = self.events[name].value(self.problem, point, f"event {name!r}")
+        event = self.events[name]
+        value = event.value(self.problem, point, f"event {name!r}")
         here = point.readings | {"value": value}
-        found = self.found[name].items()
-        self.found[name] = {key: torch.where(new, here[key], old) for key, old in found}
+        found = {}
+        for key, before in self.found[name].items():
+            found[key] = torch.where(new, here[key], before)
+        self.found[name] = found
 
     def _reached(self, name: str, state: State) -> Mask:
-        return self.events[name].reached(self.problem, state, f"event {name!r}")
+        event = self.events[name]
+        return event.reached(self.problem, state, f"event {name!r}")
 
 
 def _shown(state: State, clock: Clock, u: PerTrajectory) -> PerTrajectory:
@@ -170,4 +184,5 @@ def _shown(state: State, clock: Clock, u: PerTrajectory) -> PerTrajectory:
     end = state.readings[clock.reading]
     if state.segment is None:
         return end
-    return torch.where(u < 1, state.segment.reading(clock.reading, u), end)
+    inner = state.segment.reading(clock.reading, u)
+    return torch.where(u < 1, inner, end)

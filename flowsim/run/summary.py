@@ -76,18 +76,23 @@ def separation(run: Trajectory, against: str = "log_time") -> float:
 def _median(of_one: Callable[..., float], *values: Array) -> float:
     """Median over trajectories of a function of each one's values, from ``(K, B)``."""
     columns = [value.T for value in values]
-    found = [of_one(*column) for column in zip(*columns, strict=True)]
+    trajectories = zip(*columns, strict=True)
+    found = [of_one(*trajectory) for trajectory in trajectories]
     return float(np.median(found))
 
 
 def _last_known(value: Array) -> float:
     known = value[np.isfinite(value)]
-    return known[-1] if known.size else np.nan
+    if known.size == 0:
+        return np.nan
+    return known[-1]
 
 
 def _where_right(x: Array, accuracy: Array) -> float:
     found = x[accuracy >= 1]
-    return found[0] if found.size else np.nan
+    if found.size == 0:
+        return np.nan
+    return found[0]
 
 
 def _where_positive(x: Array, lam: Array) -> float:
