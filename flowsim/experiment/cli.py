@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flowsim.run.trajectory import Trajectory
     from flowsim.study.comparison import Comparison
 
-Rows = list[dict[str, Any]]
+TableRows = list[dict[str, Any]]
 
 _DEMO = files("flowsim.experiment") / "demo.toml"
 
@@ -200,11 +200,11 @@ def _print_summary(console: "Console", runs: "dict[str, Trajectory]", directory:
     _print_table(console, rows, "Medians over seeds.")
 
 
-def _largest_distances(found: "Comparison") -> Rows:
+def _largest_distances(found: "Comparison") -> TableRows:
     """Of each run from the flow, medians over seeds."""
     import numpy as np
 
-    rows: Rows = []
+    rows: TableRows = []
     for label in found.labels:
         row: dict[str, Any] = {"run": label}
         for title, (what, at) in _DISTANCES.items():
@@ -214,7 +214,7 @@ def _largest_distances(found: "Comparison") -> Rows:
     return rows
 
 
-def _print_table(console: "Console", rows: Rows, caption: str) -> None:
+def _print_table(console: "Console", rows: TableRows, caption: str) -> None:
     from rich.table import Table
 
     table = Table(caption=caption, caption_justify="left")

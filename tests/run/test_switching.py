@@ -97,7 +97,7 @@ def test_saves_inside_the_step_that_changes_are_those_of_the_first_rule(agree):
     )
     plain = simulate(problem, flow, w0, until)
     before = np.linspace(-2, -0.9, 30) < -1.0
-    agree(run.weights[1:][before], plain.weights[1:][before], rel=1e-6)
+    agree(run.weights[1:][before], plain.weights[1:][before], rel=1e-9)
 
 
 def test_gradient_descent_up_to_accuracy_one_then_coordinate_descent():

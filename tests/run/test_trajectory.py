@@ -177,7 +177,7 @@ def test_a_resumed_run_is_the_unbroken_run(name, seeds, tmp_path, agree):
     assert a.keys() == b.keys()
     assert (b.pop("tallies.gradients") == a.pop("tallies.gradients") + 1).all()
     for key in a:
-        agree(b[key], a[key], rel=0 if len(seeds) == 1 else 1e-6)
+        agree(b[key], a[key], rel=0 if len(seeds) == 1 else 1e-9)
 
 
 def test_a_resumed_run_of_torchdiffeq_is_the_unbroken_run_with_the_same_save_points(tmp_path):
