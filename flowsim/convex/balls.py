@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.convex.pairs import Pairs, Products
-from flowsim.convex.smoothed import Curve, curved, softened
+from flowsim.convex.smoothed import SecondOrder, curved, softened
 from flowsim.norms.blocks import Max
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
@@ -362,7 +362,7 @@ def _joined(pairs: list[Pairs]) -> Pairs:
     return Pairs(tuple(slacks), tuple(forces))
 
 
-def _rounded(norm: Norm, g: Row) -> Curve:
+def _rounded(norm: Norm, g: Row) -> SecondOrder:
     """The dual norm at g, smooth also where numbers of g vanish."""
     least = 1e-7 * float(norm.dual(g)) + 1e-12
     return curved(norm, g, least)

@@ -9,12 +9,15 @@ free: λ is a force that holds each kink's coordinate at zero, as far as its str
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowsim.numerics.shapes import PerKink
+PerUnknown: TypeAlias = Float[Tensor, "B G c"]
+Marks: TypeAlias = Bool[Tensor, "B G c"]
+Blocks: TypeAlias = Float[Tensor, "B G c c"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,17 @@ class LowRank:
 class Solution:
     """``force (B, G, c)``; ``free`` where it is strictly inside its bounds; ``solved (B,)``."""
 
-    force: PerKink
-    free: Bool[Tensor, "B G c"]
+    force: PerUnknown
+    free: Marks
     solved: Bool[Tensor, " B"]
 
 
 def solve_box(
-    blocks: Float[Tensor, "B G c c"],
-    z: PerKink,
-    upper: PerKink,
+    blocks: Blocks,
+    z: PerUnknown,
+    upper: PerUnknown,
     low_rank: LowRank | None = None,
-    start: PerKink | None = None,
+    start: PerUnknown | None = None,
     *,
     max_sweeps: int = 40,
 ) -> Solution:
@@ -69,48 +72,49 @@ def solve_box(
             guess = sets.where(_first(changed), guess)
         sets = guess
         fixed = torch.where(sets.high, upper, 0.0)
-        force = system.solve(sets.free, z - system.times(fixed))
+        pull = z - system.times(fixed)
+        force = system.solve(sets.free, pull)
         force = torch.where(sets.free, force, fixed)
         residual = z - system.times(force)
         residual = torch.where(sets.free, 0.0, residual)
     return Solution(_inside(force, upper), sets.free, solved)
 
 
-def _inside(force: PerKink, upper: PerKink) -> PerKink:
+def _inside(force: PerUnknown, upper: PerUnknown) -> PerUnknown:
     return force.clamp_min(0).minimum(upper)
 
 
-def _first(marked: Bool[Tensor, "B G c"]) -> Bool[Tensor, "B G c"]:
+def _first(marked: Marks) -> Marks:
     """The first that is marked in each trajectory."""
-    count = marked.flatten(1).cumsum(-1).view_as(marked)
-    return marked & (count == 1)
+    count = marked.flatten(1).cumsum(-1)
+    return marked & (count == 1).view_as(marked)
 
 
 @dataclass(frozen=True)
 class _Sets:
     """Which unknowns are ``free`` and which are at their upper bound."""
 
-    free: Bool[Tensor, "B G c"]
-    high: Bool[Tensor, "B G c"]
+    free: Marks
+    high: Marks
 
     @staticmethod
-    def of(trial: PerKink, upper: PerKink) -> "_Sets":
+    def of(trial: PerUnknown, upper: PerUnknown) -> "_Sets":
         high = (trial >= upper) & (upper > 0)
         free = (trial > 0) & (trial < upper)
         return _Sets(free, high)
 
-    def differs_from(self, others: "_Sets") -> Bool[Tensor, "B G c"]:
+    def differs_from(self, others: "_Sets") -> Marks:
         free = self.free != others.free
         high = self.high != others.high
         return free | high
 
-    def where(self, moved: Bool[Tensor, "B G c"], others: "_Sets") -> "_Sets":
+    def where(self, moved: Marks, others: "_Sets") -> "_Sets":
         free = torch.where(moved, others.free, self.free)
         high = torch.where(moved, others.high, self.high)
         return _Sets(free, high)
 
 
-def ridged(blocks: Float[Tensor, "B G c c"], low_rank: LowRank | None) -> tuple["System", PerKink]:
+def ridged(blocks: Blocks, low_rank: LowRank | None) -> tuple["System", PerUnknown]:
     """The system with dependent unknowns made independent, and the diagonal of its blocks, 1 where
     that is zero."""
     diagonal = torch.diagonal(blocks, dim1=-2, dim2=-1)
@@ -123,10 +127,10 @@ def ridged(blocks: Float[Tensor, "B G c c"], low_rank: LowRank | None) -> tuple[
 class System:
     """Products and solves with Q."""
 
-    blocks: Float[Tensor, "B G c c"]
+    blocks: Blocks
     low_rank: LowRank | None
 
-    def times(self, force: PerKink) -> PerKink:
+    def times(self, force: PerUnknown) -> PerUnknown:
         """Qλ."""
         out = (self.blocks @ force[..., None])[..., 0]
         if self.low_rank is None:
@@ -136,11 +140,11 @@ class System:
         seen = self.low_rank.core @ along
         return out - (E @ seen).view_as(out)
 
-    def solve(self, free: Bool[Tensor, "B G c"], rhs: PerKink) -> PerKink:
+    def solve(self, free: Marks, rhs: PerUnknown) -> PerUnknown:
         """The λ that is zero off ``free`` and has Qλ = rhs on it."""
         return self.factored(free)(rhs)
 
-    def factored(self, free: Bool[Tensor, "B G c"]) -> Callable[[PerKink], PerKink]:
+    def factored(self, free: Marks) -> Callable[[PerUnknown], PerUnknown]:
         """`solve` for several right-hand sides."""
         both_free = free[..., :, None] & free[..., None, :]
         blocks = torch.where(both_free, self.blocks, 0.0)

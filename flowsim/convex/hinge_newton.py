@@ -12,6 +12,7 @@ r"""Newton's equations of a `Programme`, reduced to one matrix for each neuron a
 What cannot be factored is an ArithmeticError."""
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +21,10 @@ from torch.linalg import solve_triangular
 
 from flowsim.convex.balls import BallDirection, BallIterate, BallNewton
 from flowsim.convex.pairs import Pairs, Products
-from flowsim.convex.programme import Flat, PerHinge, PerNeuron, PerRow, Programme
+from flowsim.convex.programme import PerHinge, PerNeuron, PerRow, Programme
+from flowsim.numerics.shapes import Matrices, Row
+
+White: TypeAlias = Float[Tensor, "mD k"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ class HingedIterate:
         above, s = self.hinges.slacks
         up, down = self.hinges.forces
         both = up * above + down * s
-        of_hinges = both.where(self.live, 0.0).sum()
-        return total + float(of_hinges), count + 2 * int(self.live.sum())
+        of_hinges = both.where(self.live, 0.0)
+        total += float(of_hinges.sum())
+        count += 2 * int(self.live.sum())
+        return total, count
 
     def targets(self, mu: float, before: HingedDirection | None) -> tuple[Products, Products]:
         """What products of the ball and of the hinges are to become: see `Pairs.targets`."""
+        pairs = self.ball.pairs
         if before is None:
-            return self.ball.pairs.targets(mu), self.hinges.targets(mu)
-        ball = self.ball.pairs.targets(mu, before.ball.pairs)
+            return pairs.targets(mu), self.hinges.targets(mu)
+        ball = pairs.targets(mu, before.ball.pairs)
         hinges = self.hinges.targets(mu, before.hinges)
         return ball, hinges
 
@@ -127,8 +134,9 @@ class _Springs:
         over = up + down - self.largest
         sunk = self.stiffness * self.excess
         force = up - held_up - sunk - self.slope * over
+        force = where_live(force)
         lift = over / self.both - self.slope * self.excess
-        return _Release(self, down - held_down, where_live(force), where_live(lift))
+        return _Release(self, down - held_down, force, where_live(lift))
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class _Metric:
     rank of the ball. The root of (1 + LLᵀ)⁻¹ is 1 − low diag(shrink) lowᵀ."""
 
     factor: "_Factor"
-    low: Float[Tensor, "mD k"]
+    low: White
     shrink: Float[Tensor, " k"]
 
     @staticmethod
@@ -173,11 +181,13 @@ class _Metric:
         d = programme.inputs
         x = programme.x
         blocks = programme.curb.clone()
-        blocks[:, :d, :d] += (x.mT * springs.stiffness[:, None, :]) @ x
-        blocks.diagonal(dim1=1, dim2=2).add_(programme.blocked(ball.stiff))
+        stretched = x.mT * springs.stiffness[:, None, :]
+        blocks[:, :d, :d] += stretched @ x
+        diagonal = blocks.diagonal(dim1=1, dim2=2)
+        diagonal += programme.blocked(ball.stiff)
         factor = _Factor.of(blocks)
-        none = ball.weight[:0]
-        plain = _Metric(factor, none.new_zeros(factor.scale.numel(), 0), none)
+        none = factor.scale.new_zeros(factor.scale.numel(), 0)
+        plain = _Metric(factor, none, none[0])
         if not len(ball.low):
             return plain
         low = torch.stack([programme.blocked(row) for row in ball.low], -1)
@@ -186,7 +196,7 @@ class _Metric:
         shrink = 1 - (1 + values**2).rsqrt()
         return replace(plain, low=low, shrink=shrink)
 
-    def whiten(self, v: Float[Tensor, "m D k"]) -> Float[Tensor, "mD k"]:
+    def whiten(self, v: Float[Tensor, "m D k"]) -> White:
         scaled = self.factor.scale[..., None] * v
         blocks = solve_triangular(self.factor.root, scaled, upper=False)
         return self._thinned(blocks.flatten(0, 1))
@@ -198,12 +208,12 @@ class _Metric:
         solved = solve_triangular(self.factor.root.mT, blocks, upper=True)
         return scale * solved[..., 0]
 
-    def _thinned(self, y: Float[Tensor, "mD k"]) -> Float[Tensor, "mD k"]:
+    def _thinned(self, y: White) -> White:
         """The low rank of the ball taken out of whitened numbers."""
         if not len(self.shrink):
             return y
-        along = self.shrink[:, None] * (self.low.mT @ y)
-        return y - self.low @ along
+        along = self.low.mT @ y
+        return y - self.low @ (self.shrink[:, None] * along)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ class HingedNewton:
 
     programme: Programme
     at: HingedIterate
-    g: Flat
+    g: Row
     springs: _Springs
     metric: _Metric
     white: Float[Tensor, "mD R"]
@@ -231,14 +241,14 @@ class HingedNewton:
         v = programme.blocked(at.ball.v)
         temperature = max(programme.temperature, 0.1 * gap)
         springs = _Springs.of(programme, at, v)
-        g = programme.gradient(at.p, at.hinges.forces[0], v)
+        up, _ = at.hinges.forces
+        g = programme.gradient(at.p, up, v)
         ball = at.ball.newton(g, at.ball.pairs.targets(mu))
         metric = _Metric.of(programme, springs, ball)
         white = metric.whiten(_rows_with_hinges(programme, springs))
         stiffness = white.mT @ white + _row_stiffness(programme, springs)
         schur = _Factor.of(stiffness + torch.diag(temperature / at.p))
-        s = programme.where_live(at.hinges.slacks[1])
-        margins = programme.margins(v, s)
+        margins = _margins(programme, at, v)
         entropy = temperature * torch.log(at.p) + margins - at.level
         return HingedNewton(programme, at, g, springs, metric, white, schur, entropy)
 
@@ -258,7 +268,8 @@ class HingedNewton:
     def _points(self, ball: BallNewton, release: _Release) -> tuple[PerNeuron, PerRow, float]:
         """dv, dp and the change of the level: what is left without slacks and forces."""
         programme = self.programme
-        pull = programme.blocked(ball.pull) - programme.forces_on_weights(release.force)
+        force = programme.forces_on_weights(release.force)
+        pull = programme.blocked(ball.pull) - force
         pull = self.metric.whiten(pull[..., None])  # (mD, 1)
         lifted = programme.hinge_loss(release.lift)
         carried = (self.white.mT @ pull)[:, 0]
@@ -270,9 +281,14 @@ class HingedNewton:
         """dp with schur·dp − level = missed and Σ dp = 1 − Σp; and the level."""
         free = self.schur.solve(missed)
         shift = self.schur.solve(torch.ones_like(missed))
-        short = 1 - self.at.p.sum() - free.sum()
-        level = short / shift.sum()
+        missing = 1 - self.at.p.sum()
+        level = (missing - free.sum()) / shift.sum()
         return free + level * shift, float(level)
+
+
+def _margins(programme: Programme, at: HingedIterate, v: PerNeuron) -> PerRow:
+    _, s = at.hinges.slacks
+    return programme.margins(v, programme.where_live(s))
 
 
 def _rows_with_hinges(programme: Programme, springs: _Springs) -> Float[Tensor, "m D R"]:
@@ -295,10 +311,10 @@ class _Factor:
     """A matrix, or many: with its diagonal scaled to 1 it is ``root`` rootᵀ."""
 
     scale: Float[Tensor, "*m D"]
-    root: Float[Tensor, "*m D D"]
+    root: Matrices
 
     @staticmethod
-    def of(matrix: Float[Tensor, "*m D D"]) -> "_Factor":
+    def of(matrix: Matrices) -> "_Factor":
         """With the least ridge that rounding asks for."""
         scale = matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
         scaled = scale[..., :, None] * matrix * scale[..., None, :]
@@ -317,4 +333,5 @@ class _Factor:
     def solve(self, b: PerRow) -> PerRow:
         """x with matrix·x = b, for one matrix."""
         scaled = (self.scale * b)[:, None]
-        return self.scale * torch.cholesky_solve(scaled, self.root)[:, 0]
+        solved = torch.cholesky_solve(scaled, self.root)
+        return self.scale * solved[:, 0]

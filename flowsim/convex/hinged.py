@@ -63,13 +63,15 @@ def _begun(programme: Programme, norm: Norm) -> HingedIterate:
     p = _first_weights(programme)
     force = programme.largest_force(p) / 2
     pull = programme.columns(p) - programme.forces_on_weights(force)
-    mu = 0.1 / (2 * (pull.numel() + int(programme.live.sum())))
+    unknowns = pull.numel() + int(programme.live.sum())
+    mu = 0.1 / (2 * unknowns)
     ball = ball_of(norm, programme.flat(pull), mu)
     v = programme.blocked(ball.v)
     hinges = _first_hinges(programme, v, force, mu)
     margins = programme.margins(v, hinges.slacks[1])
-    level = programme.temperature * torch.log(p) + margins
-    return HingedIterate(ball, programme.live, hinges, p, float(level.mean()))
+    levels = programme.temperature * torch.log(p) + margins
+    level = float(levels.mean())
+    return HingedIterate(ball, programme.live, hinges, p, level)
 
 
 def _first_weights(programme: Programme) -> PerRow:
@@ -93,7 +95,8 @@ def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
     """An iterate of a similar programme, with a beginning for hinges that were not live in it."""
     new = programme.live & ~start.live
     force = programme.largest_force(start.p) / 2
-    reach = programme.z + programme.along(programme.blocked(start.ball.v))
+    v = programme.blocked(start.ball.v)
+    reach = programme.z + programme.along(v)
     s = reach.clamp_min(0) + 1e-3 * (1 + reach.abs())
     first = Pairs((s - reach, s), (force, force))
     hinges = first.where(new, start.hinges)
@@ -102,15 +105,16 @@ def _continued(programme: Programme, start: HingedIterate) -> HingedIterate:
 
 def _feasible(programme: Programme, norm: Norm, at: HingedIterate) -> Optimum:
     """The feasible points nearest to an iterate, and their duality gap, free of cancellation."""
-    v = at.ball.v / norm.value(at.ball.v).clamp_min(1.0)
+    v = at.ball.v
+    v = v / norm.value(v).clamp_min(1.0)
     blocks = programme.blocked(v)
     p = at.p / at.p.sum()
     largest = programme.largest_force(p).clamp_min(0)
-    f = programme.where_live(at.hinges.forces[0].minimum(largest))
+    up, _ = at.hinges.forces
+    f = programme.where_live(up.minimum(largest))
     reach = programme.where_live(programme.z) + programme.along(blocks)
     s = reach.clamp_min(0)
-    margins = programme.margins(blocks, s)
-    surprise = SoftMaximum(programme.temperature).gap(p, margins)
+    surprise = SoftMaximum(programme.temperature).gap(p, programme.margins(blocks, s))
     work = (largest * s - f * reach).sum()
     g = programme.gradient(p, f, blocks)
     gap = surprise + work + norm.dual(g) - g @ v
@@ -126,7 +130,8 @@ def _advanced(programme: Programme, at: HingedIterate, gap: float, tol: float) -
     affine = newton.direction(0.0 if count else 0.1 * mu)
     # products far below the gap, or below the one that is asked for, only make the equations worse
     least = max(0.2 * tol, 0.01 * gap) / max(count, 1)
-    aim = max(_centring(at, affine) * mu, min(mu, least))
+    central = _centring(at, affine) * mu
+    aim = max(central, min(mu, least))
     direction = newton.direction(aim, affine)
     primal, dual = at.to_boundary(direction)
     keep = max(0.95, 1 - mu)

@@ -28,9 +28,9 @@ class Pairs:
 
     def products(self) -> tuple[float, int]:
         """The sum of slacks times forces, and how many there are."""
-        total = sum(f.flatten() @ s.flatten() for s, f in self.kinds)
+        totals = [f.flatten() @ s.flatten() for s, f in self.kinds]
         count = sum(f.numel() for f in self.forces)
-        return float(total), count
+        return float(sum(totals)), count
 
     def targets(self, mu: float, before: "Pairs | None" = None) -> Products:
         """The products that a step is to reach: μ, corrected to second order after ``before``
@@ -75,4 +75,5 @@ def _to_zero(xs: Products, dxs: Products) -> float:
 
 
 def _moved(xs: Products, dxs: Products, a: float) -> Products:
-    return tuple(x + a * dx for x, dx in zip(xs, dxs, strict=True))
+    moves = zip(xs, dxs, strict=True)
+    return tuple(x + a * dx for x, dx in moves)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from flowsim.numerics.shapes import Row
 
-Flat: TypeAlias = Row
 PerNeuron: TypeAlias = Float[Tensor, "m D"]
 PerHinge: TypeAlias = Float[Tensor, "m N"]
 PerRow: TypeAlias = Float[Tensor, " R"]
@@ -63,7 +62,8 @@ class Programme:
     @cached_property
     def same_example(self) -> Float[Tensor, "R R"]:
         """1 for rows of the same example."""
-        return (self.example_of[:, None] == self.example_of).to(self.x)
+        same = self.example_of[:, None] == self.example_of
+        return same.to(self.x)
 
     def rows(self, v: PerNeuron) -> PerRow:
         """Av."""
@@ -115,22 +115,22 @@ class Programme:
         """Cv."""
         return (self.curb @ v[..., None])[..., 0]
 
-    def gradient(self, p: PerRow, f: PerHinge, v: PerNeuron) -> Flat:
+    def gradient(self, p: PerRow, f: PerHinge, v: PerNeuron) -> Row:
         """g = Aᵀp − Eᵀf − C(v − c), in the order of a net."""
         return self.gradient_change(p, f, v - self.centre)
 
-    def gradient_change(self, dp: PerRow, df: PerHinge, dv: PerNeuron) -> Flat:
+    def gradient_change(self, dp: PerRow, df: PerHinge, dv: PerNeuron) -> Row:
         """dg = Aᵀdp − Eᵀdf − C dv."""
         pull = self.columns(dp) - self.forces_on_weights(df)
         return self.flat(pull - self.curbed(dv))
 
-    def flat(self, v: PerNeuron) -> Flat:
+    def flat(self, v: PerNeuron) -> Row:
         """The weights in the order of a net: all inner ones, then the outer ones."""
         inner = v[:, : self.inputs].flatten()
         outer = self._outer(v).mT.flatten()
         return torch.cat([inner, outer])
 
-    def blocked(self, v: Flat) -> PerNeuron:
+    def blocked(self, v: Row) -> PerNeuron:
         """`flat`, undone."""
         m = len(self.z)
         end = m * self.inputs

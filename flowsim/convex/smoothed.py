@@ -25,7 +25,7 @@ from flowsim.norms.matrix import Nuclear, Schatten, Spectral
 from flowsim.norms.norm import Norm
 from flowsim.norms.vector import L1, L2, Linf, Lp
 from flowsim.numerics.batched import svd
-from flowsim.numerics.shapes import Row
+from flowsim.numerics.shapes import Matrices, Row, Vectors
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Smoothed:
 
     value: Float[Tensor, ""]
     gradient: Row
-    hessian: Callable[[Float[Tensor, "k P"]], Float[Tensor, "k P"]]
+    hessian: Callable[[Vectors], Vectors]
 
 
 @dataclass(frozen=True)
-class Curve:
+class SecondOrder:
     """A symmetric function of numbers s: value, gradient ``slope``, and Hessian diag(diagonal) +
     twist·along alongᵀ."""
 
@@ -48,7 +48,13 @@ class Curve:
     twist: Tensor
     along: Tensor
 
-    def hessian(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+    @staticmethod
+    def separable(value: Tensor, slope: Tensor, diagonal: Tensor) -> "SecondOrder":
+        """A sum of functions of one number each."""
+        none = torch.zeros_like(slope)
+        return SecondOrder(value.sum(), slope, diagonal, none.sum(), none)
+
+    def hessian(self, rows: Vectors) -> Vectors:
         along = self.twist * (rows @ self.along)
         twisted = along[:, None] * self.along
         return rows * self.diagonal + twisted
@@ -75,7 +81,7 @@ def smoothed_dual(norm: Norm, g: Row, mu: float) -> Smoothed:
     return Smoothed(curve.value, curve.slope, curve.hessian)
 
 
-def curved(norm: Norm, s: Tensor, mu: float) -> Curve:
+def curved(norm: Norm, s: Tensor, mu: float) -> SecondOrder:
     """N_μ of a norm of numbers: ℓ1, ℓ2, ℓ∞ or ℓp."""
     if isinstance(norm, L2):
         return _length(s, mu)
@@ -98,26 +104,26 @@ def softened(s: Tensor, mu: float) -> Tensor:
     return torch.hypot(s, torch.full_like(s, mu))
 
 
-def _length(s: Tensor, mu: float) -> Curve:
+def _length(s: Tensor, mu: float) -> SecondOrder:
     """√(Σ s² + μ²)."""
     length = softened(torch.linalg.vector_norm(s), mu)
     slope = s / length
     diagonal = (1 / length).expand_as(s)
-    return Curve(length, slope, diagonal, -1 / length, slope)
+    return SecondOrder(length, slope, diagonal, -1 / length, slope)
 
 
-def _box(s: Tensor, mu: float) -> Curve:
+def _box(s: Tensor, mu: float) -> SecondOrder:
     """Σ R − μ + μ log(2μ/(μ + R)), R = √(s² + μ²)."""
     r = softened(s, mu)
     total = mu + r
-    value = r - mu - mu * torch.log(total / (2 * mu))
+    entropy = mu * torch.log(total / (2 * mu))
+    value = r - mu - entropy
     slope = s / total
     diagonal = mu / (r * total)
-    zero = torch.zeros_like(s)
-    return Curve(value.sum(), slope, diagonal, zero.sum(), zero)
+    return SecondOrder.separable(value, slope, diagonal)
 
 
-def _cross(s: Tensor, mu: float) -> Curve:
+def _cross(s: Tensor, mu: float) -> SecondOrder:
     """min over τ of τ − μ Σ log(τ² − s²) − μ log τ, up to a constant."""
     near, far, tau = _slacks(s.abs(), mu)
     logs = torch.log(near) + torch.log(far)
@@ -129,7 +135,7 @@ def _cross(s: Tensor, mu: float) -> Curve:
     diagonal = mu * (stiff_near + stiff_far)
     along = pull * (stiff_far - stiff_near)
     spread = diagonal.sum() + mu / tau**2
-    return Curve(value, slope, diagonal, -1 / spread, along)
+    return SecondOrder(value, slope, diagonal, -1 / spread, along)
 
 
 def _slacks(size: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +166,7 @@ def _multiplier(gaps: Tensor, mu: float) -> Tensor:
     return e
 
 
-def _power(s: Tensor, mu: float, q: float) -> Curve:
+def _power(s: Tensor, mu: float, q: float) -> SecondOrder:
     """(Σ y^q)^(1/q), y = √(s² + μ²)."""
     y = softened(s, mu)
     top = y.amax()
@@ -171,7 +177,7 @@ def _power(s: Tensor, mu: float, q: float) -> Curve:
     ratio = (s / y) ** 2
     diagonal = weight * (1 + (q - 2) * ratio)
     twist = (1 - q) / value
-    return Curve(value, slope, diagonal, twist, slope)
+    return SecondOrder(value, slope, diagonal, twist, slope)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,14 +221,12 @@ def _of_singular_values(norm: Spectral | Nuclear | Schatten, g: Tensor, mu: floa
     return Smoothed(curve.value, gradient.flatten(), hessian)
 
 
-def _from_left(u: Tensor, x: Float[Tensor, "k m n"]) -> Tensor:
+def _from_left(u: Tensor, x: Matrices) -> Tensor:
     """u x for each of many small matrices, by one product."""
     return torch.tensordot(x, u, dims=([1], [1])).mT
 
 
-def _between_vectors(
-    core: Float[Tensor, "k r r"], s: Tensor, curve: Curve, mu: float
-) -> Float[Tensor, "k r r"]:
+def _between_vectors(core: Matrices, s: Tensor, curve: SecondOrder, mu: float) -> Matrices:
     """The Hessian times uᵀev, in the basis of the singular vectors."""
     even, odd = _quotients(s, curve, mu)
     symmetric = even * (core + core.mT) / 2
@@ -233,7 +237,7 @@ def _between_vectors(
     return symmetric + skew + torch.diag_embed(twisted)
 
 
-def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor]:
+def _quotients(s: Tensor, curve: SecondOrder, mu: float) -> tuple[Tensor, Tensor]:
     """(fᵢ − fⱼ)/(sᵢ − sⱼ) and (fᵢ + fⱼ)/(sᵢ + sⱼ), with f the slope.
 
     Rounding in them costs speed and no accuracy, as the Hessian only steers.
@@ -241,13 +245,15 @@ def _quotients(s: Tensor, curve: Curve, mu: float) -> tuple[Tensor, Tensor]:
     f = curve.slope
     diagonal = curve.diagonal
     width = softened(s, mu)
+    widths = width[:, None] + width
     gap = s[:, None] - s
-    close = gap.abs() < 1e-4 * (width[:, None] + width)
+    close = gap.abs() < 1e-4 * widths
     middle = (diagonal[:, None] + diagonal) / 2
     apart = torch.where(close, 1.0, gap)
     rise = (f[:, None] - f) / apart
     even = torch.where(close, middle, rise)
-    odd = _ratio(f[:, None] + f, s[:, None] + s, diagonal)
+    total = s[:, None] + s
+    odd = _ratio(f[:, None] + f, total, diagonal)
     return even, odd
 
 
@@ -276,29 +282,32 @@ def _of_blocks(norm: Max | Sum | Euclidean, g: Tensor, mu: float) -> Smoothed:
         out = []
         blocks = [part.of(rows) for part in parts]
         along = [x @ v for x, v in zip(blocks, gradients, strict=True)]
-        shared = outer.hessian(torch.stack(along, -1)).mT[..., None]  # (L, k, 1)
+        shared = outer.hessian(torch.stack(along, -1))  # (k, L)
         weights = outer.slope * scale
-        for x, y, v, a, s in zip(blocks, shared, gradients, weights, inner, strict=True):
-            own = a * s.hessian(x)
-            out.append(own + y * v)
+        for i, x in enumerate(blocks):
+            own = weights[i] * inner[i].hessian(x)
+            carried = shared[:, i, None] * gradients[i]
+            out.append(own + carried)
         return torch.cat(out, -1)
 
     weighted = [a * v for a, v in zip(outer.slope, gradients, strict=True)]
     return Smoothed(outer.value, torch.cat(weighted), hessian)
 
 
-def _composed(norm: Norm, x: Float[Tensor, " L"], mu: float) -> Curve:
+def _composed(norm: Norm, x: Float[Tensor, " L"], mu: float) -> SecondOrder:
     """The smooth sum, maximum or length of x, which rises in every x."""
     if isinstance(norm, Max):
-        zero = torch.zeros_like(x)
-        return Curve(x.sum(), torch.ones_like(x), zero, zero.sum(), zero)
+        return SecondOrder.separable(x, torch.ones_like(x), torch.zeros_like(x))
     if isinstance(norm, Euclidean):
         return _length(x, mu)
     # min over τ of τ − μ Σ log(τ − x)
-    gaps = x.amax() - x
+    top = x.amax()
+    gaps = top - x
     excess = _multiplier(gaps, mu)
     slack = excess + gaps
-    value = x.amax() + excess - mu * torch.log(slack).sum()
+    logs = torch.log(slack)
+    value = top + excess - mu * logs.sum()
     slope = mu / slack
     diagonal = slope**2 / mu
-    return Curve(value, slope, diagonal, -1 / diagonal.sum(), diagonal)
+    spread = diagonal.sum()
+    return SecondOrder(value, slope, diagonal, -1 / spread, diagonal)
