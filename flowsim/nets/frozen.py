@@ -18,8 +18,7 @@ class Frozen(Net):
     """A net with some blocks held fixed, ``Frozen(net, {"W2": values})``: only the others are
     weights.
 
-    A value has the block's shape, or a leading axis with one array for each trajectory.
-    """
+    A value has the block's shape, or a leading axis with one array for each trajectory."""
 
     net: Net
     values: Mapping[str, Tensor]

@@ -37,13 +37,16 @@ class NormedBlock:
         return v[..., self.block.slice]
 
     def value(self, v: Tensor) -> Tensor:
-        return self.norm.value(self.of(v)) / self.scale
+        value = self.norm.value(self.of(v))
+        return value / self.scale
 
     def dual(self, g: Tensor) -> Tensor:
-        return self.norm.dual(self.of(g)) * self.scale
+        dual = self.norm.dual(self.of(g))
+        return dual * self.scale
 
     def steepest(self, g: Tensor) -> Tensor:
-        return self.norm.steepest(self.of(g)) * self.scale
+        direction = self.norm.steepest(self.of(g))
+        return direction * self.scale
 
     def face(self, g: Tensor, atol: Tensor) -> Face:
         face = self.norm._face(self.of(g), atol / self.scale)

@@ -39,8 +39,7 @@ from flowsim.numerics.shapes import Matrices, PerVector, Vectors
 class Face(ABC):
     """A convex set of flat directions for each row of a batch.
 
-    Arguments ``v`` and ``c`` have the batch's shape, or more dimensions in front of it.
-    """
+    Arguments ``v`` and ``c`` have the batch's shape, or more dimensions in front of it."""
 
     @abstractmethod
     def element(self) -> Vectors:

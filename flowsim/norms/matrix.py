@@ -106,8 +106,7 @@ class _Singular(Norm):
 class Spectral(_Singular):
     """The largest singular value: descent along the polar factor U V^T, as Muon does.
 
-    `steepest` is zero on the null spaces of g.
-    """
+    `steepest` is zero on the null spaces of g."""
 
     name = "spectral"
     symbol = r"$S_\infty$"

@@ -40,8 +40,7 @@ from flowsim.numerics.shapes import PerVector, Vectors
 class Norm(ABC):
     """A norm on flat weights ``(*batch, P)``.
 
-    A new norm defines the abstract members and, if it has ties, `_ties_at`.
-    """
+    A new norm defines the abstract members and, if it has ties, `_ties_at`."""
 
     quadratic: bool = False
     """Whether ``||v||^2`` is a quadratic form ``v^T A v``, so that ``dual(g) steepest(g) = A^-1 g``

@@ -57,8 +57,7 @@ def parallels(
     """The first vector parallel to each one, and each one's multiple of it, from all inner
     products.
 
-    A zero vector stands for itself.
-    """
+    A zero vector stands for itself."""
     norm = _lengths(gram)
     divisor = nonzero(norm)
     cosine = gram / divisor[..., :, None] / divisor[..., None, :]

@@ -61,10 +61,11 @@ class Loss:
         multiple of hhᵀ never changes which of them is best; taking out all of it removes the
         stiffness of the common rise."""
         root, v = self._factors(f, y)
-        identity = torch.eye(v.shape[1], dtype=f.dtype, device=f.device)
+        NC = v.shape[1]
+        identity = torch.eye(NC, dtype=f.dtype, device=f.device)
         outer = v[:, :, None] * v[:, None, :]
-        kept = (identity - outer).view(*f.shape, -1)
-        factor = root @ kept  # (B, N, C, NC)
+        kept = identity - outer
+        factor = root @ kept.view(*f.shape, NC)  # (B, N, C, NC)
         return factor.flatten(1, 2)
 
     def curved(
