@@ -105,7 +105,8 @@ def variation(
     norm = norm.bind(objective.layout)
     u = selection.direction
     D = u[:, :0] if selection.multipliers is None else selection.multipliers
-    kinks = _Place.of(objective, w, D, False).attracting()[1]
+    place = _Place.of(objective, w, D, False)
+    _, kinks = place.attracting()
     least = _Least(selection.ascent, D, kinks, u)
     Hu = _hessian_along(objective, w, u, D)
     lowest, width = _range_over_ties(norm, least, Hu, tol)
@@ -294,7 +295,8 @@ def _selection(
     u: _Rows,
 ) -> Selection:
     dual = norm.dual(least.h)
-    slope = torch.stack([here.slope(v) for here, v in zip(least.kinks, u, strict=True)])
+    slopes = [here.slope(v) for here, v in zip(least.kinks, u, strict=True)]
+    slope = torch.stack(slopes)
     rises = dual > 0
     gap = (dual - slope) / torch.where(rises, dual, 1.0)
     gap = torch.where(rises, gap, 0.0)

@@ -34,6 +34,7 @@ from flowsim.problems.problem import Problem
 _Vector = Row  # in the place of the weights
 _Pairs = Float[Tensor, "N m"]  # one number for each example and neuron
 _Slopes = Float[Tensor, "1 N m"]
+_PerRow = Float[Tensor, "m R"]
 
 SWEEPS = 20  # the most programmes for a movement
 
@@ -214,7 +215,7 @@ class NetMover:
         slopes: _Slopes,
         live: Bool[Tensor, "N m"],
         signs: Float[Tensor, "R C"],
-    ) -> tuple[Float[Tensor, "m R"], Float[Tensor, "m R"], Float[Tensor, "m C R"]]:
+    ) -> tuple[_PerRow, _PerRow, Float[Tensor, "m C R"]]:
         """How margins depend on inner weights off their hinges, on hinges, and on outer weights,
         with ``signs`` how they depend on outputs.
 

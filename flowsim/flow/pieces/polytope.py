@@ -44,9 +44,11 @@ class Polyhedral:
     def of(norm: Norm, size: int) -> "Polyhedral":
         """The ball of a norm on ``size`` weights."""
         if isinstance(norm, Linf):
-            return Polyhedral(np.arange(size), np.ones(size))
+            each = np.arange(size)
+            return Polyhedral(each, np.ones(size))
         if isinstance(norm, L1):
-            return Polyhedral(np.zeros(size, dtype=np.int64), np.ones(size))
+            one = np.zeros(size, dtype=np.int64)
+            return Polyhedral(one, np.ones(size))
         if isinstance(norm, Max | Sum) and is_polyhedral(norm):
             return Polyhedral._joined(norm)
         raise ValueError(
@@ -68,7 +70,8 @@ class Polyhedral:
 
     @cached_property
     def starts(self) -> Int[Array, " G"]:
-        return np.flatnonzero(np.diff(self.group, prepend=-1))
+        begins = np.diff(self.group, prepend=-1)
+        return np.flatnonzero(begins)
 
     def sums(self, a: PerWeight) -> Float[Array, " G"]:
         return np.add.reduceat(a, self.starts)
@@ -120,8 +123,9 @@ class Corners:
         falling = -ball.scale * np.abs(h)
         steepest_first = np.lexsort((falling, ball.group))
         leaders = steepest_first[ball.starts]
-        code = np.zeros(len(h), dtype=np.int64)
-        code[leaders] = np.where(h[leaders] < 0, -1, 1)
+        sign = np.where(h < 0, -1, 1)
+        code = np.zeros_like(sign)
+        code[leaders] = sign[leaders]
         return Corners(ball, code)
 
     @cached_property
@@ -143,6 +147,11 @@ class Corners:
         number = self.ball.sums(moving)
         return number[self.ball.group]
 
+    @property
+    def several(self) -> Bool[Array, " P"]:
+        """Weights whose corners are not their group's only ones."""
+        return self.moving & (self.sharing > 1)
+
     @cached_property
     def centre(self) -> PerWeight:
         corner = self.code * self.ball.scale
@@ -155,7 +164,7 @@ class Corners:
     def _parts(self) -> list[Int[Array, " m"]]:
         """The weights at rest, then those of each group with several corners."""
         rest = np.flatnonzero(self.code == REST)
-        shared = np.flatnonzero(self.moving & (self.sharing > 1))
+        shared = np.flatnonzero(self.several)
         if not len(shared):
             return [rest]
         group = self.ball.group[shared]
@@ -209,9 +218,8 @@ class Corners:
         """The share of each corner that is one of several, or at rest how far the group is inside
         its ball."""
         ball = self.ball
-        several = self.moving & (self.sharing > 1)
         share = self.code * u / ball.scale
-        share = np.where(several, share, np.inf)
+        share = np.where(self.several, share, np.inf)
         rest = self.code == REST
         return np.where(rest, ball.spare(u), share)
 
