@@ -15,7 +15,17 @@ import torch
 from numpy import ndarray as Array
 
 from flowsim.diagnostics.margins import Observer, classifies, soft_margin
-from flowsim.diagnostics.series import Column, Series, as_array, falls, last, peak, positive, risen
+from flowsim.diagnostics.series import (
+    Column,
+    Series,
+    as_array,
+    changes,
+    falls,
+    last,
+    peak,
+    positive,
+    risen,
+)
 from flowsim.diagnostics.stationarity import alignment
 from flowsim.motion.state import State
 from flowsim.norms.norm import Norm
@@ -26,7 +36,7 @@ from flowsim.problems.problem import Problem
 Explained: TypeAlias = tuple[Column, str]
 """A number of each trajectory, and why it is NaN where it is."""
 
-Values: TypeAlias = Mapping[str, Array]
+Saved: TypeAlias = Mapping[str, Array]
 """Numbers of a run by name, ``(K, B, …)``."""
 
 MONOTONE = 1e-12  # relative falls of the soft margin that are rounding
@@ -250,7 +260,7 @@ def witness(problem: Objective, rule: object) -> dict[str, Observer]:
     return observers
 
 
-def certify(problem: Objective, values: Values, witnessed: Values, final: State) -> Certificate:
+def certify(problem: Objective, values: Saved, witnessed: Saved, final: State) -> Certificate:
     """The certificate of a run from its saved ``values (K, B)``, what its `witness` saw, and its
     final state."""
     gained = risen(values["lam"])
@@ -266,7 +276,7 @@ def certify(problem: Objective, values: Values, witnessed: Values, final: State)
 
 
 def _classified(
-    problem: Objective, values: Values, witnessed: Values, final: State
+    problem: Objective, values: Saved, witnessed: Saved, final: State
 ) -> dict[str, Explained]:
     """Margins and alignment, of classification only."""
     unknown = np.full_like(values["lam"], np.nan)
@@ -293,7 +303,7 @@ def _classified(
     }
 
 
-def _reasons(witnessed: Values) -> tuple[str, str]:
+def _reasons(witnessed: Saved) -> tuple[str, str]:
     """Why the soft margin, and why the alignment is not known."""
     if not witnessed:
         return "the rule has no norm", "the rule has no norm"
@@ -320,7 +330,7 @@ def _digits_left(problem: Problem, w: Rows) -> PerTrajectory:
     return -torch.log10(lost).clamp_max(0)
 
 
-def _on_kinks(problem: Objective, values: Values, final: State) -> dict[str, Explained]:
+def _on_kinks(problem: Objective, values: Saved, final: State) -> dict[str, Explained]:
     none = np.zeros(len(final.w))
     if not problem.kinks:
         return dict.fromkeys(("kinks", "sliding", "releases"), (none, ""))
@@ -347,8 +357,8 @@ def _slack(soft: Series, alpha: Series, sigma: Series, degree: float) -> Column:
     spacing."""
     excess = 1 / positive(alpha) - 1
     least = np.minimum(excess[1:], excess[:-1])
-    allowed = np.diff(np.log(soft), axis=0) / degree
-    part = allowed - np.diff(sigma, axis=0) * least
+    allowed = changes(np.log(soft)) / degree
+    part = allowed - changes(sigma) * least
     known = np.isfinite(part)
     total = part.sum(0, where=known)
     return np.where(known.any(0), total, np.nan)

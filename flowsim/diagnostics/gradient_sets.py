@@ -20,6 +20,12 @@ from flowsim.problems.problem import Problem
 PerExample: TypeAlias = Float[Tensor, "N m"]
 """One number for each example and hidden unit of one trajectory."""
 
+PerFreeKink: TypeAlias = Float[Tensor, " K"]
+"""One number for each free kink."""
+
+Indices: TypeAlias = Int[Tensor, " A"]
+"""One index for each margin."""
+
 Gradients: TypeAlias = Float[Tensor, "A P"]
 """One gradient for each margin."""
 
@@ -34,12 +40,12 @@ class FreeKinks:
     owner: Int[Tensor, " K"]
     columns: Int[Tensor, "K d"]
     normal: Float[Tensor, "K d"]
-    D: Float[Tensor, " K"]
+    D: PerFreeKink
 
     def __len__(self) -> int:
         return len(self.owner)
 
-    def along(self, u: Row) -> Float[Tensor, " K"]:
+    def along(self, u: Row) -> PerFreeKink:
         """⟨n_k, u⟩."""
         return dot(self.normal, u[self.columns])
 
@@ -57,14 +63,14 @@ class GradientSets:
     kinks: FreeKinks
 
     @staticmethod
-    def of(problem: Problem, state: State, active: Int[Tensor, " A"]) -> "GradientSets":
+    def of(problem: Problem, state: State, active: Indices) -> "GradientSets":
         """Those of the ``active`` margins, for a state of one trajectory. A kink is free where its
         multiplier is strictly between 0 and 1."""
         example, cotangent = _cotangents(problem, state.w, active)
         sides = selected_sides(problem, state)
         if sides is None:
             J = problem.net.jacobian(state.w, problem.x)[0]  # (N, C, P)
-            kinks = _no_kinks(J[0])
+            kinks = _no_kinks(J)
         else:
             net = problem.two_layer(1)
             point = net.at(state.w)
@@ -75,7 +81,7 @@ class GradientSets:
         base = torch.einsum("ac,acp->ap", cotangent, J[example])
         return GradientSets(base, kinks)
 
-    def at(self, D: Float[Tensor, " K"]) -> Gradients:
+    def at(self, D: PerFreeKink) -> Gradients:
         """The gradients with these multipliers."""
         kinks = self.kinks
         place = (kinks.owner[:, None], kinks.columns)
@@ -97,8 +103,8 @@ class GradientSets:
 
 
 def _cotangents(
-    problem: Problem, w: Float[Tensor, "1 P"], active: Int[Tensor, " A"]
-) -> tuple[Int[Tensor, " A"], Float[Tensor, "A C"]]:
+    problem: Problem, w: Float[Tensor, "1 P"], active: Indices
+) -> tuple[Indices, Float[Tensor, "A C"]]:
     """The example that each margin belongs to, and the margin's derivative by its outputs."""
     reading = margin_reading(problem)
     f = problem.outputs(w)
@@ -125,7 +131,7 @@ def _with_free_kinks_off(point: NetAt, D: PerExample) -> Float[Tensor, "N C P"]:
 def _free_kinks(
     point: NetAt,
     D: PerExample,
-    example: Int[Tensor, " A"],
+    example: Indices,
     cotangent: Float[Tensor, "A C"],
 ) -> FreeKinks:
     """Those of a two-layer net, where n is the jump times x_i in the place of neuron j's incoming
@@ -138,12 +144,14 @@ def _free_kinks(
     first = neuron[:, None] * d
     columns = first + torch.arange(d, device=x.device)
     force = cotangent @ point.last[0]  # (A, m)
-    jump = (1 - point.net.leak) * force[owner, neuron]
+    leak = point.net.leak
+    jump = (1 - leak) * force[owner, neuron]
     normal = jump[:, None] * x
     return FreeKinks(owner, columns, normal, D[i, neuron])
 
 
-def _no_kinks(like: Float[Tensor, "C P"]) -> FreeKinks:
+def _no_kinks(like: Tensor) -> FreeKinks:
     nowhere = torch.zeros(0, 1, dtype=torch.long, device=like.device)
     normal = like.new_zeros(0, 1)
-    return FreeKinks(nowhere[:, 0], nowhere, normal, normal[:, 0])
+    D = normal[:, 0]
+    return FreeKinks(nowhere[:, 0], nowhere, normal, D)

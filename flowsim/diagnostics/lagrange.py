@@ -22,7 +22,7 @@ from flowsim.convex.cones import conic_optimum
 from flowsim.convex.games import game, nearest_by_products
 from flowsim.convex.linear import BallProgramme, is_linear, linear_optimum
 from flowsim.diagnostics.gradient_sets import GradientSets
-from flowsim.diagnostics.selected import margin_reading
+from flowsim.diagnostics.selected import PerMargin, margin_reading
 from flowsim.diagnostics.series import as_array
 from flowsim.motion.state import State, tree_map
 from flowsim.norms.norm import Norm
@@ -43,7 +43,7 @@ class BestMultipliers:
     the solver's gap. ``lower`` = L q_min/‖w‖ and ``upper`` = L max q_i/‖w‖ over the active examples
     frame ⟨w, Σ p_i h_i⟩/‖w‖. All are NaN where an example is misclassified."""
 
-    p: Float[Tensor, "B M"]
+    p: PerMargin
     dual: PerTrajectory
     least: PerTrajectory
     lower: PerTrajectory
@@ -58,7 +58,8 @@ class BestMultipliers:
     @property
     def floor(self) -> PerTrajectory:
         """What 1 − α is at least, for any multipliers on the active examples."""
-        return (1 - self.upper / self.least).clamp_min(0)
+        missing = 1 - self.upper / self.least
+        return missing.clamp_min(0)
 
 
 def best_multipliers(
@@ -71,11 +72,12 @@ def best_multipliers(
     either side or any mean of them. A linear programme in ℓ1 and ℓ∞, least squares in quadratic
     norms; other norms need the extra ``convex``."""
     norm = norm.bind(problem.layout)
-    trajectories = torch.arange(len(state.w), device=state.w.device)
     several = []
-    for b in trajectories.split(1):
-        one = problem.select(b)
-        several.append(_of_one(one, state.select(b), norm, decades))
+    for b in torch.arange(len(state.w)).split(1):
+        row = b.to(state.w.device)
+        one = problem.select(row)
+        found = _of_one(one, state.select(row), norm, decades)
+        several.append(found)
     return tree_map(lambda *rows: torch.cat(rows), *several)
 
 
@@ -87,7 +89,8 @@ def _of_one(problem: Problem, state: State, norm: Norm, decades: float) -> BestM
     least = q.amin(-1)
     unknown = least * torch.nan
     if not least > 0:
-        return BestMultipliers(q * torch.nan, unknown, unknown, unknown, unknown)
+        nowhere = q * torch.nan
+        return BestMultipliers(nowhere, unknown, unknown, unknown, unknown)
     near = q[0] <= least + decades * math.log(10)
     active = near.nonzero()[:, 0]
     sets = GradientSets.of(problem, state, active)
@@ -149,8 +152,7 @@ def _by_vertices(sets: GradientSets, norm: Norm) -> BestMixture:
         u = torch.from_numpy(found.w).to(rows)
         bound = max(bound, sets.value(u, norm))
         p = np.bincount(owner.numpy(), found.p, A)
-        gap = found.bound - bound
-        if gap <= _GAP * found.bound:
+        if found.bound - bound <= _GAP * found.bound:
             break
         new = sets.lowest(u)
         better = new @ u < found.bound * (1 - _GAP)
@@ -172,9 +174,10 @@ def lifted(sets: GradientSets) -> BallProgramme:
     scale = np.abs(b).max()
     belongs = owner == np.arange(A)[:, None]  # (A, K)
     tau = np.repeat([1.0, 0.0], [A, K])[:, None]
-    along = np.vstack([b, n]) / scale
+    normals = np.vstack([b, n]) / scale
     hinges = np.vstack([belongs, -np.eye(K)])
-    rows = np.hstack([-along, hinges, tau])
-    goal = np.append(np.zeros(P + K), 1.0)
-    lowest = np.append(np.zeros(K), -np.inf)
-    return BallProgramme(goal, rows, lowest)
+    return BallProgramme(
+        goal=np.append(np.zeros(P + K), 1.0),
+        rows=np.hstack([-normals, hinges, tau]),
+        lowest=np.append(np.zeros(K), -np.inf),
+    )

@@ -146,12 +146,14 @@ def block_degrees(problem: Problem, state: State) -> PerLayer:
         factor = 2 ** degree[:, None, None]
         error = _largest(grown - factor * f)
         homogeneous = error <= 1e-6 * largest
-        found.append(torch.where(homogeneous, degree, torch.nan))
+        known = torch.where(homogeneous, degree, torch.nan)
+        found.append(known)
     return torch.stack(found, -1)
 
 
 def _largest(f: Outputs) -> PerTrajectory:
-    return f.flatten(1).abs().amax(-1)
+    sizes = f.flatten(1).abs()
+    return sizes.amax(-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class Nearby:
 
 
 def nearby_pair(norm: Norm, w: Rows, force: Rows, radius: PerTrajectory) -> KktPair:
-    """w' and k' within ``radius`` = √D of w and the force Γ. Norms that are neither quadratic nor ℓ1
-    or ℓ∞ take a cone programme for each trajectory."""
+    """w' and k' within ``radius`` = √D of w and of the force Γ. In norms other than quadratic ones,
+    ℓ1 and ℓ∞ by a cone programme for each trajectory."""
     if norm.quadratic:
         return _half_way(norm, w, force)
     if isinstance(norm, Linf):

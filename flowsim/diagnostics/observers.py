@@ -1,5 +1,5 @@
-"""Measurements by name, gathered for ``simulate(…, observe=…)``: the usual ones, and those of the KKT
-conditions.
+"""Measurements by name, gathered for ``simulate(…, observe=…)``: the usual ones, and those of the
+KKT conditions.
 
 Each of them is in `margins`, `stationarity` and `lagrange`; theorems as numbers, at a point and
 along a run, are in `theorems`."""

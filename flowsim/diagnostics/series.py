@@ -33,6 +33,11 @@ def falls(values: Series) -> Float[Array, "K-1 B"]:
     return np.maximum(fall, 0.0)
 
 
+def changes(values: Series) -> Float[Array, "K-1 B"]:
+    """Each row less the one before."""
+    return np.diff(values, axis=0)
+
+
 def peak(values: Series) -> Column:
     """Each column's largest known value."""
     return np.fmax.reduce(values, axis=0, initial=np.nan)

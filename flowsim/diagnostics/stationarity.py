@@ -12,8 +12,8 @@ What is missing is the Fenchel–Young gap of Γ and w̃,
 
     D = ½‖w̃‖² + ½‖Γ‖_*² − ⟨w̃, Γ⟩ = ‖w̃‖²(1 − α),       α = ⟨w, h⟩/(‖w‖‖h‖_*),
 
-which is the generalised Bregman divergence of Def. 26, for every subgradient in it. `frank_wolfe_gap`
-is the same for the constrained problem that weight decay solves."""
+which is the generalised Bregman divergence of Def. 26, for every subgradient in it.
+`frank_wolfe_gap` is the same for the constrained problem that weight decay solves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from flowsim.numerics.shapes import PerTrajectory, Rows
 from flowsim.problems.objective import Objective
 from flowsim.problems.problem import Problem
 
-Curve: TypeAlias = Float[Tensor, "T B"]
+ByTolerance: TypeAlias = Float[Tensor, "T B"]
 """A number of each trajectory at each tolerance."""
 
 
@@ -108,7 +108,12 @@ def residual(norm: Norm, tol: float = 0.0) -> Observer:
 
 def _stationary(norm: Norm, read: Callable[["Stationarity"], Tensor]) -> Observer:
     """What is read of the KKT conditions at a state."""
-    return lambda problem, state: read(Stationarity.of(problem, state, norm))
+
+    def measure(problem: Problem, state: State) -> Tensor:
+        at = Stationarity.of(problem, state, norm)
+        return read(at)
+
+    return measure
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,13 +152,14 @@ class Stationarity:
         exponent = 1 - 2 / problem.degree
         factor = size / slope * least**exponent
         pull = scale * size / slope
+        along = dot(state.w, h)
         return Stationarity(
             norm=norm,
             w=scale[:, None] * state.w,
             force=pull[:, None] * h,
             multipliers=factor[:, None] * mu,
             q=q / least[:, None],
-            alignment=dot(state.w, h) / (size * slope),
+            alignment=along / (size * slope),
             size=scale * size,
         )
 
@@ -200,7 +206,7 @@ class Stationarity:
         euclidean = torch.linalg.vector_norm(missed, dim=-1)
         return euclidean * ratio, self.norm.dual(missed)
 
-    def residuals(self, tols: list[float]) -> tuple[Curve, Curve]:
+    def residuals(self, tols: list[float]) -> tuple[ByTolerance, ByTolerance]:
         """`residual` over tolerances: both curves ε(η)."""
         euclidean, dual = zip(*map(self.residual, tols), strict=True)
         return torch.stack(euclidean), torch.stack(dual)
@@ -214,6 +220,11 @@ class Stationarity:
             )
         radius = self.divergence.clamp_min(0).sqrt()
         w, force = nearby_pair(self.norm, self.w, self.force, radius)
-        moved = self.norm.value(w - self.w) / self.size
-        missed = self.norm.dual(force - self.force) / self.size
-        return Nearby(w, force, moved, missed)
+        moved = self.norm.value(w - self.w)
+        missed = self.norm.dual(force - self.force)
+        return Nearby(
+            w=w,
+            force=force,
+            moved=moved / self.size,
+            missed=missed / self.size,
+        )

@@ -2,7 +2,7 @@
 both have come equally far."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowsim.diagnostics.margins import Observer, classifies, margin
-from flowsim.diagnostics.series import Series, as_array, positive
+from flowsim.diagnostics.series import Series, as_array, changes, positive
 from flowsim.motion.clocks import ARCLENGTH, LAM, STEPS, TIME, Clock, SavePlan, Target, at_points
 from flowsim.motion.rule import Rule, pending
 from flowsim.motion.state import State, Status
@@ -38,7 +38,7 @@ PLACES = (*EQUAL, "nearest")
 APART = ("weights", "direction", "outputs")
 
 
-Flat: TypeAlias = Float[Tensor, "B P"]
+FlatWeights: TypeAlias = Float[Tensor, "B P"]
 """Flat weights of each trajectory."""
 
 
@@ -46,7 +46,7 @@ PerInterval: TypeAlias = Float[np.ndarray, "K-1 B"]
 """A number of each trajectory from one save to the next."""
 
 
-Values: TypeAlias = dict[str, Float[np.ndarray, "K B *shape"]]
+Beside: TypeAlias = dict[str, Float[np.ndarray, "K B *shape"]]
 """Readings, observations and distances by name, at each save."""
 
 
@@ -73,7 +73,7 @@ class Comparison:
 
     flow: Trajectory
     runs: dict[str, Trajectory]
-    matched: dict[str, dict[str, Values]]
+    matched: dict[str, dict[str, Beside]]
     """``matched[label][at][name]``: the flow's values at the points that the save points are held
     against."""
 
@@ -131,14 +131,18 @@ class Comparison:
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
-            for (label, run), at in product(self.runs.items(), PLACES):
-                readings = [run[clock] for clock in EQUAL]
-                apart = [self[label, name, at] for name in names]
-                columns = np.stack(readings + apart)
-                for b, k in np.ndindex(len(run), columns.shape[1]):
-                    numbers = [f"{value:.12g}" for value in columns[:, k, b]]
-                    writer.writerow([label, at, b, k, *numbers])
+            writer.writerows(self._rows(names))
         return Path(path)
+
+    def _rows(self, names: list[str]) -> Iterator[list[Any]]:
+        """Where each row is, the run's readings there, and these distances."""
+        for (label, run), at in product(self.runs.items(), PLACES):
+            readings = [run[clock] for clock in EQUAL]
+            apart = [self[label, name, at] for name in names]
+            columns = np.stack(readings + apart)
+            for b, k in np.ndindex(len(run), columns.shape[1]):
+                numbers = [f"{value:.12g}" for value in columns[:, k, b]]
+                yield [label, at, b, k, *numbers]
 
     def _is_number(self, what: str) -> bool:
         """Whether it is one number of each trajectory."""
@@ -146,9 +150,8 @@ class Comparison:
 
 
 def _slope(lam: Series, length: Series) -> PerInterval:
-    rise = np.diff(lam, axis=0)
-    walked = np.diff(length, axis=0)
-    return rise / positive(walked)
+    walked = changes(length)
+    return changes(lam) / positive(walked)
 
 
 def compare(
@@ -259,8 +262,9 @@ def _on_time(until: SavePlan, runs: Mapping[str, Trajectory]) -> SavePlan:
     if until.clock is not STEPS:
         return until
     times = [_common_times(run) for run in runs.values()]
-    reach = [(len(points), points[-1:]) for points in times]
-    points = times[reach.index(max(reach))] if times else ()
+    most = max(map(len, times), default=0)
+    longest = [points for points in times if len(points) == most]
+    points = max(longest, key=lambda points: points[-1:], default=())
     if not points:
         raise ValueError(
             "compare: got runs without a step that all their trajectories take, "
@@ -286,8 +290,9 @@ def _go_on(
     if not runs:
         return
     begun = state.attempts
+    finals = [run.final for run in runs.values()]
     for clock in EQUAL.values():
-        shown = [_come_to(run.final, clock, state) for run in runs.values()]
+        shown = [_come_to(final, clock, state) for final in finals]
         furthest = torch.stack(shown).amax(0)
         goal = Target(clock, furthest)
         state = traced.start(problem, state)
@@ -308,13 +313,14 @@ def _come_to(final: State, clock: Clock, like: State) -> Float[Tensor, " B"]:
 
 def _matched(
     problem: Objective, path: TracedPath, run: Trajectory, observe: Mapping[str, Observer]
-) -> dict[str, Values]:
+) -> dict[str, Beside]:
     """The flow's values beside each save point of a run, by the place they are taken at."""
-    weights = torch.from_numpy(run.weights).to(path.steps.w0)  # (K, B, P)
+    steps = path.steps
+    weights = torch.from_numpy(run.weights).to(steps.w0)  # (K, B, P)
     found = {}
     for place, clock in EQUAL.items():
         shown = torch.from_numpy(run[place])
-        point, inside = path.at(clock, shown.to(path.steps.lam_slope0))
+        point, inside = path.at(clock, shown.to(steps.lam_slope0))
         found[place] = _values(problem, point, inside, weights, observe)
     nearest = path.nearest(weights)
     known = torch.isfinite(weights).all(-1)
@@ -328,7 +334,7 @@ def _values(
     inside: Tensor,
     weights: Tensor,
     observe: Mapping[str, Observer],
-) -> Values:
+) -> Beside:
     """Readings, observations and distances ``(K, B, …)`` at the points of ``state``, NaN where not
     ``inside``."""
     several = []
@@ -343,17 +349,19 @@ def _values(
                 values[name] = measure(problem, point)
             values |= _apart(problem, w, point.w)
         several.append(values)
-    found = {}
-    for name in several[0]:
-        arrays = [as_array(values[name]) for values in several]
-        numbers = np.stack(arrays)
-        axes = [1] * (numbers.ndim - 2)
-        known = inside.view(*inside.shape, *axes)
-        found[name] = np.where(known.cpu(), numbers, np.nan)
-    return found
+    return {name: _stacked(name, several, inside) for name in several[0]}
 
 
-def _apart(problem: Objective, w: Flat, v: Flat) -> dict[str, Tensor]:
+def _stacked(name: str, several: list[dict[str, Tensor]], inside: Tensor) -> np.ndarray:
+    """One value at all saves."""
+    arrays = [as_array(values[name]) for values in several]
+    numbers = np.stack(arrays)
+    axes = [1] * (numbers.ndim - 2)
+    known = inside.cpu().view(*inside.shape, *axes)
+    return np.where(known, numbers, np.nan)
+
+
+def _apart(problem: Objective, w: FlatWeights, v: FlatWeights) -> dict[str, Tensor]:
     """Distances from the flow's weights v, ``(B,)``."""
     found = {}
     found["apart_weights"] = _relative(w, v)
@@ -372,6 +380,6 @@ def _relative(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
     return torch.where(apart == 0, apart, ratio)
 
 
-def _unit(w: Flat) -> Flat:
+def _unit(w: FlatWeights) -> FlatWeights:
     size = w.norm(dim=-1, keepdim=True)
     return torch.where(size > 0, w / size, w)

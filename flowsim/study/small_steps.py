@@ -24,7 +24,7 @@ from flowsim.checks import as_ladder
 from flowsim.descent.small_step import SmallStep
 from flowsim.descent.steepest import SteepestDescent
 from flowsim.diagnostics.margins import Observer, classifies, margin
-from flowsim.diagnostics.series import Column, as_array, positive
+from flowsim.diagnostics.series import Column, Series, as_array, positive
 from flowsim.flow.steepest import SteepestFlow
 from flowsim.motion.clocks import STEPS, SavePlan, Target, arclength, steps
 from flowsim.motion.rule import pending
@@ -43,7 +43,7 @@ _WATCHED = 500  # steps that decide whether a run stalls
 _IDLE = 0.02  # of their predicted gain: a run that gains less stalls
 
 
-Sides: TypeAlias = Bool[Tensor, "B K"]
+KinkFlags: TypeAlias = Bool[Tensor, "B K"]
 """A yes or no for each kink: whether z > 0, or whether it was crossed."""
 
 
@@ -95,7 +95,7 @@ class SmallStepLimit:
         shrink = -np.diff(log_steps)[1:]
         return fall / shrink[:, None, None]
 
-    def error(self, name: str) -> Float[np.ndarray, "K B"]:
+    def error(self, name: str) -> Series:
         """Richardson's estimate of what the finest run is off, on the scale of `differences`.
 
         d/(ρᵖ − 1), with the ladder's last ratio ρ and the observed order, but 1 where it is higher
@@ -104,7 +104,8 @@ class SmallStepLimit:
         ratio = self.ladder[-2] / self.ladder[-1]
         before, last = self.differences(name)[-2:]
         order = self.order(name)[-1]
-        p = np.clip(np.nan_to_num(order, nan=1.0), 0.5, 1.0)
+        known = np.nan_to_num(order, nan=1.0)
+        p = np.clip(known, 0.5, 1.0)
         d = np.maximum(last, before / ratio)
         return d / (ratio**p - 1)
 
@@ -131,7 +132,8 @@ class SmallStepLimit:
                 f"the finest is off by an estimated {error.max():.1%}"
             )
         where = f"{name} {value:.4g}" if value.ndim == 0 else name
-        order = self.order(name)[-1, last.argmax(), b]
+        worst = last.argmax()
+        order = self.order(name)[-1, worst, b]
         falls = f"fall with order {order:.1f}" if order >= 0.5 else "no longer fall"
         estimate = f"{where} with an estimated error of {error.max():.1%}"
         return f"converged: {estimate}; differences {falls}"
@@ -211,7 +213,8 @@ def gain_ratio(
     observe = {"away": _away(norm, start.w)}
     walked = simulate(problem, flow, start, until=until, observe=observe)
     net = torch.from_numpy(walked["away"][-1])
-    rise = walked["lam"][-1] - walked["lam"][0]
+    lam = walked["lam"]
+    rise = lam[-1] - lam[0]
     rule = SteepestDescent(flow.norm, length / tiny, normalized=True)
     gained = _gain_of_steps(problem, rule, start.w, net.to(w), most=10 * tiny)
     return torch.from_numpy(rise / gained)
@@ -225,7 +228,8 @@ def _away(norm: Norm, start: Tensor) -> Observer:
 def _gain_of_steps(
     problem: Objective, rule: SteepestDescent, w: Tensor, net: Tensor, most: int
 ) -> Column:
-    """The rise of Λ by steps from w until they are ``net`` away, NaN where ``most`` steps are not."""
+    """The rise of Λ by steps from w until they are ``net`` away; NaN where ``most`` steps are
+    not."""
     away = _away(rule.norm.bind(problem.layout), w)
 
     def covered(problem: Objective, state: State) -> Tensor:
@@ -270,7 +274,8 @@ def _efficiency(run: Trajectory) -> Column:
     end."""
     done = [status is Status.DONE for status in run.statuses]
     reached = np.isfinite(run["lam"]).sum(0)
-    last = (reached - 1 - done, np.arange(len(run)))
+    save = reached - 1 - done
+    last = (save, np.arange(len(run)))
     end = run.final.readings
     gained = as_array(end["lam"]) - run["lam"][last]
     predicted = as_array(end["dissipated"]) - run["dissipated"][last]
@@ -279,7 +284,7 @@ def _efficiency(run: Trajectory) -> Column:
 
 def _watched(
     problem: Objective, rule: SmallStep, state: State
-) -> tuple[State, dict[str, Tensor], Sides | None]:
+) -> tuple[State, dict[str, Tensor], KinkFlags | None]:
     """Some more steps: where they end, what they add to the readings, and which kinks they cross
     (None if not known)."""
     state = rule.start(problem, state)
@@ -298,7 +303,7 @@ def _watched(
     return state, more, crossed
 
 
-def _sides(problem: Objective, w: Tensor) -> Sides | None:
+def _sides(problem: Objective, w: Tensor) -> KinkFlags | None:
     """On which side of its kinks w is; None for nets whose kinks are not at hand."""
     if not problem.kinks:
         return w[:, :0] > 0
@@ -312,7 +317,7 @@ def _slope_ahead(
     problem: Objective,
     norm: Norm,
     w: Float[Tensor, "B P"],
-    crossed: Sides,
+    crossed: KinkFlags,
     length: Float[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
     """The slope of the steepest flow at w, taken to be on the crossed kinks; zero if straight on by
@@ -323,6 +328,7 @@ def _slope_ahead(
         multipliers = torch.where(crossed, 0.5, side.to(w))
     flow = select(problem, norm, w, multipliers)
     step = length.to(w)[:, None] * flow.direction
-    gained = problem.lam(w + step) - problem.lam(w)
+    level = problem.lam(w)
+    gained = problem.lam(w + step) - level
     rises = gained > 0.5 * length * flow.dual
     return torch.where(rises, flow.dual, 0.0)

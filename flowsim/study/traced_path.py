@@ -1,7 +1,7 @@
 """A run that can be read at any of its points: all natural steps of a rule, kept."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,14 @@ _MOST = 2**26  # numbers of one kind; 512 MiB in float64
 
 
 _GOLDEN = 0.5 * (5**0.5 - 1)
+
+
+PerPoint: TypeAlias = Float[Tensor, "K B"]
+"""A number of each point of each trajectory."""
+
+
+Points: TypeAlias = Float[Tensor, "K B P"]
+"""Flat weights of each point of each trajectory."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +125,7 @@ class TracedPath:
         steps = tree_map(lambda *several: torch.stack(several), *traced.steps)
         return TracedPath(problem, steps)
 
-    def at(self, clock: Clock, values: Float[Tensor, "K B"]) -> tuple[State, Bool[Tensor, "K B"]]:
+    def at(self, clock: Clock, values: PerPoint) -> tuple[State, Bool[Tensor, "K B"]]:
         """Where the clock first shows these values, and which of them it shows: beyond the end it
         is the end."""
         shown = self.steps.readings1[clock.reading]
@@ -125,33 +133,40 @@ class TracedPath:
         sought = values.T.contiguous()
         index = torch.searchsorted(ends.T.contiguous(), sought).T
         inside = index < len(ends)
-        step = self._step(index.clamp_max(len(ends) - 1))
+        final = len(ends) - 1
+        step = self._step(index.clamp_max(final))
         reached = torch.where(inside, values, torch.inf)
         target = Target(clock, reached.flatten())
         u = step.locate(target)
         return self._state(step, u), inside
 
-    def nearest(self, w: Float[Tensor, "K B P"]) -> State:
+    def nearest(self, w: Points) -> State:
         """Where the path is nearest to these weights in ℓ2: in one of the two steps that meet in
         the nearest end."""
-        start = self.steps.w0[:1]
-        ends = torch.cat([start, self.steps.w1])
-        exact = "donot_use_mm_for_euclid_dist"
-        sides = (w.transpose(0, 1), ends.transpose(0, 1))
-        distances = torch.cdist(*sides, compute_mode=exact)  # (B, K, S + 1)
-        apart = distances.nan_to_num(torch.inf).transpose(0, 1)
+        apart = self._apart(w)
+        final = apart.shape[-1] - 1
         # a trajectory that rests while others move repeats its end: one step leads to the first,
         # one leaves the last
         first = apart.argmin(-1)
         behind = apart.flip(-1).argmin(-1)
-        last = len(ends) - 1 - behind
+        last = final - behind
         leading = self._step((first - 1).clamp_min(0))
-        leaving = self._step(last.clamp_max(len(ends) - 2))
+        leaving = self._step(last.clamp_max(final - 1))
         near = w.flatten(0, 1)
         before = _closest(leading, near)
         after = _closest(leaving, near)
         nearest = _nearer(before, after)
         return self._state(nearest.step, nearest.u)
+
+    def _apart(self, w: Points) -> Float[Tensor, "K B S+1"]:
+        """How far these weights are from the start and from the end of each step."""
+        start = self.steps.w0[:1]
+        ends = torch.cat([start, self.steps.w1])
+        exact = "donot_use_mm_for_euclid_dist"
+        sides = (w.transpose(0, 1), ends.transpose(0, 1))
+        distances = torch.cdist(*sides, compute_mode=exact)
+        known = distances.nan_to_num(torch.inf)
+        return known.transpose(0, 1)
 
     def _step(self, index: Tensor) -> Segment:
         """The steps of this ``index (K, B)``, one for each row of a batch of K·B."""
@@ -207,12 +222,10 @@ def _closest(step: Segment, w: Float[Tensor, "R P"]) -> _Nearest:
         left = distance(a) <= distance(b)
         low = torch.where(left, low, a)
         high = torch.where(left, b, high)
-    middle = 0.5 * (low + high)
-    u = torch.stack([start, middle, start + 1])
+    u = torch.stack([start, 0.5 * (low + high), start + 1])
     apart = torch.stack([distance(row) for row in u])
     best = apart.nan_to_num(torch.inf).argmin(0, keepdim=True)
-    nearest = u.gather(0, best)[0]
-    return _Nearest(step, nearest, apart.gather(0, best)[0])
+    return _Nearest(step, u.gather(0, best)[0], apart.gather(0, best)[0])
 
 
 def _nearer(a: _Nearest, b: _Nearest) -> _Nearest:

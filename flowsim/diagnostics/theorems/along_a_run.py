@@ -5,10 +5,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy import ndarray as Array
 
 from flowsim.diagnostics.margins import classifies
-from flowsim.diagnostics.series import Series, falls, positive
+from flowsim.diagnostics.series import Series, changes, falls, positive
 from flowsim.diagnostics.theorems.check import EXACT, Check
 from flowsim.norms.norm import Norm
 from flowsim.numerics.quadrature import log_elapsed, log_mean_exp
@@ -37,31 +38,36 @@ def energy(run: Run, norm: Norm, tol: float = 1e-3) -> Check:
     ``dual_…`` of the norm must have been observed."""
     log_t = run["log_time"]
     lam = run["lam"]
-    dual = run[f"dual_{norm.name}"]
-    log_g = np.log(dual) - lam
-    rate = torch.from_numpy(2 * log_g + log_t)  # of ‖g‖²dt in log t
-    with np.errstate(invalid="ignore"):
-        mean = log_mean_exp(rate[:-1], rate[1:])
-        width = np.diff(log_t, axis=0)
-        part = mean.numpy() + np.log(width)
     begun = np.isfinite(log_t[:-1])  # a run starts at t = 0, which has no logarithm
     at_first = begun.argmax(0)[None]
     first = np.take_along_axis(lam, at_first, 0)
-    parts = np.where(begun, part, -np.inf)
+    parts = np.where(begun, _log_spent(run, norm), -np.inf)
     spent = np.logaddexp.accumulate(parts, 0) + first
     fallen = -np.expm1(first - lam[1:])
     fall = np.where(begun, fallen, np.nan)
-    ratio = np.exp(spent) / positive(fall)
-    return Check(np.abs(ratio - 1), tol)
+    return Check.of_ratio(np.exp(spent), positive(fall), tol)
+
+
+def _log_spent(run: Run, norm: Norm) -> Float[Array, "K-1 B"]:
+    """log ∫‖g‖_*² dt from save to save."""
+    log_t = run["log_time"]
+    dual = run[f"dual_{norm.name}"]
+    log_g = np.log(dual) - run["lam"]
+    rate = torch.from_numpy(2 * log_g + log_t)  # of ‖g‖²dt in log t
+    with np.errstate(invalid="ignore"):
+        mean = log_mean_exp(rate[:-1], rate[1:])
+        width = changes(log_t)
+        return mean.numpy() + np.log(width)
 
 
 def dissipation(run: Run, tol: float = 1e-3) -> Check:
     """Λ rises by ∫‖h‖_* ds, as the method has summed it step by step, from the first save to each
     later one."""
-    gained = run["lam"][1:] - run["lam"][:1]
-    spent = run["dissipated"][1:] - run["dissipated"][:1]
-    ratio = spent / positive(gained)
-    return Check(np.abs(ratio - 1), tol)
+    lam = run["lam"]
+    dissipated = run["dissipated"]
+    gained = lam[1:] - lam[:1]
+    spent = dissipated[1:] - dissipated[:1]
+    return Check.of_ratio(spent, positive(gained), tol)
 
 
 def monotone(run: Run, norm: Norm, tol: float = 1e-12) -> Check:
@@ -74,22 +80,28 @@ def growth_in_time(run: Run, norm: Norm) -> Check:
     """∫ x^{2/L−2} e^x dx over the Λ of each interval ≥ L²γ̃^{2/L}·(its time) (TGKV, Eq. 34), where
     Λ > 0; exponential loss. Both sides by logarithms: the residual is log(right/left)."""
     L = _degree(run)
-    lam = positive(run["lam"])
     log_t = run["log_time"]
-    power = 2 / L - 2
-    width = np.diff(lam, axis=0)
-    integrand = lam + power * np.log(lam)  # its logarithm
-    slope = 1 + power / lam
-    values = (integrand[:-1], integrand[1:])
-    slopes = (width * slope[:-1], width * slope[1:])
-    ends = [torch.from_numpy(a).flatten() for a in (*values, *slopes)]
-    unit = log_elapsed(*ends).view(width.shape)
-    left = unit.numpy() + np.log(width)
-    fraction = -np.expm1(-np.diff(log_t, axis=0))  # of the time since the start
+    lam = positive(run["lam"])
+    left = _log_integral(lam, 2 / L - 2)
+    fraction = -np.expm1(-changes(log_t))  # of the time since the start
     elapsed = log_t[1:] + np.log(fraction)
     soft = _soft(run, norm)[:-1]
-    right = 2 * math.log(L) + (2 / L) * np.log(soft) + elapsed
+    growth = (2 / L) * np.log(soft)
+    right = 2 * math.log(L) + growth + elapsed
     return Check(right - left, 1e-6)
+
+
+def _log_integral(lam: Series, power: float) -> Float[Array, "K-1 B"]:
+    """log ∫ x^power e^x dx over the Λ of each interval."""
+    width = changes(lam)
+    integrand = lam + power * np.log(lam)  # its logarithm
+    slope = 1 + power / lam
+    before = width * slope[:-1]
+    after = width * slope[1:]
+    ends = (integrand[:-1], integrand[1:], before, after)
+    flat = [torch.from_numpy(end).flatten() for end in ends]
+    unit = log_elapsed(*flat).view(width.shape)
+    return unit.numpy() + np.log(width)
 
 
 def aligning(run: Run, norm: Norm) -> Check:
@@ -100,14 +112,13 @@ def aligning(run: Run, norm: Norm) -> Check:
     spacing."""
     alpha = positive(run[f"alignment_{norm.name}"])
     excess = 1 / alpha - 1
-    width = np.diff(run["relative"], axis=0)
-    left = width * (excess[1:] + excess[:-1]) / 2
-    soft = _soft(run, norm)
-    grown = np.diff(np.log(soft), axis=0)
-    right = grown / _degree(run)
-    change = np.diff(excess, axis=0)
-    error = np.abs(change) * width / 2
-    return Check(left - right, error)
+    width = changes(run["relative"])
+    ends = excess[1:] + excess[:-1]
+    left = width * ends / 2
+    log_soft = np.log(_soft(run, norm))
+    right = changes(log_soft) / _degree(run)
+    change = np.abs(changes(excess))
+    return Check(left - right, change * width / 2)
 
 
 def sharp_time(run: Run, norm: Norm) -> Check:
@@ -119,7 +130,6 @@ def sharp_time(run: Run, norm: Norm) -> Check:
     while t doubled."""
     L = _degree(run)
     lam = positive(run["lam"])
-    log_t = run["log_time"]
     hard = run[f"margin_{norm.name}"]
     soft = run[f"soft_margin_{norm.name}"]
     with np.errstate(invalid="ignore"):
@@ -127,12 +137,11 @@ def sharp_time(run: Run, norm: Norm) -> Check:
         of_margin = (2 / L) * np.log(hard)
         apart = (hard / soft) ** (2 / L) - 1
     powers = of_lam + 2 * math.log(L) + of_margin
-    product = np.expm1(log_t - lam + powers)
+    product = np.expm1(run["log_time"] - lam + powers)
     alpha = run[f"alignment_{norm.name}"]
     missing = 1 - alpha**2
     dropped = 2 * (run["entropy"] + 2 - 2 / L) / lam
-    bound = missing + dropped + apart
-    return Check(np.abs(product), bound)
+    return Check(np.abs(product), missing + dropped + apart)
 
 
 def linear_margin(run: Run, norm: Norm, best: float) -> Check:
@@ -143,7 +152,8 @@ def linear_margin(run: Run, norm: Norm, best: float) -> Check:
     hard = run[f"margin_{norm.name}"]
     slope = run[f"dual_{norm.name}"]
     length = run[f"norm_{norm.name}"]
-    s = run["arclength"] - run["arclength"][:1]
+    s = run["arclength"]
+    s = s - s[:1]
     path = length[:1] + s  # ‖w‖ is at most this
     late = lam[:1] + best * s - lam
     behind = late / positive(path)
@@ -163,9 +173,10 @@ def contraction(problem: Problem, one: Run, other: Run) -> Check:
     if one.weights is None or other.weights is None:
         raise ValueError("contraction: got a run without weights, expected one that has kept them")
     apart = torch.from_numpy(one.weights - other.weights)
-    residuals = torch.stack([problem.outputs(w).flatten(1) for w in apart])
-    distance = residuals.norm(dim=-1).numpy()
-    growth = np.diff(distance, axis=0)
+    residuals = [problem.outputs(w).flatten(1) for w in apart]
+    norms = torch.stack(residuals).norm(dim=-1)
+    distance = norms.numpy()
+    growth = changes(distance)
     return Check(growth / distance[:1], EXACT)
 
 

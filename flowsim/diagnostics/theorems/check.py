@@ -16,6 +16,11 @@ class Check:
     residual: Any
     bound: Any
 
+    @staticmethod
+    def of_ratio(found: Any, said: Any, bound: Any) -> "Check":
+        """That both are equal: |found/said − 1|."""
+        return Check(abs(found / said - 1), bound)
+
     @property
     def holds(self) -> bool:
         """Whether no residual exceeds its bound; those that are NaN do not count."""
