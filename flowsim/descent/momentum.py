@@ -48,7 +48,8 @@ class Frame:
         log_unit = scale - log_add
         log_add = torch.where(log_add < torch.inf, log_add, 0.0)  # no gradient so far
         log_keep = (before - scale) + log_add
-        return Frame(log_unit, *_factors(log_keep, log_add, state.w))
+        factors = _factors(log_keep, log_add, state.w)
+        return Frame(log_unit, *factors)
 
     def gradient(self, state: State) -> Rows:
         """−g in the frame's units."""
@@ -60,7 +61,8 @@ class Frame:
     def inside(self, value: float, power: int) -> PerTrajectory:
         """``value``, which is in units of ‖g‖_* to this power, in those of the frame."""
         log = math.log(value) if value > 0 else -math.inf
-        return torch.exp(log - power * self.log_unit)
+        unit = power * self.log_unit
+        return torch.exp(log - unit)
 
 
 def _factors(

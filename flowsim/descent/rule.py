@@ -57,7 +57,8 @@ def begin(objective: Objective, norm: Norm, w_or_state: Tensor | State) -> State
         multipliers=None,
         segment=None,
     )
-    return state.stopped(here["dual_norm"] == 0, Status.STATIONARY)
+    flat = here["dual_norm"] == 0
+    return state.stopped(flat, Status.STATIONARY)
 
 
 def take(
@@ -180,7 +181,8 @@ class Discrete(Labelled, ABC):
         number = zlib.crc32(self.kind.encode())
         age = torch.zeros_like(state.step_size)
         kind = torch.full_like(state.status, number)
-        own = {"age": age, "kind": kind, **self.blank(problem, state)}
+        blank = self.blank(problem, state)
+        own = {"age": age, "kind": kind, **blank}
         old = w_or_state.memory if isinstance(w_or_state, State) else {}
         same = all(name in old and old[name].shape == own[name].shape for name in own)
         if same and torch.equal(kind, old["kind"]):

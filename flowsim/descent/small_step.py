@@ -99,5 +99,6 @@ def _rates(
     h = at.memory["ascent"]
     lam_slope = (h * move).sum(-1)
     lam = at.readings["lam"]
-    rate = log_time_rate(objective, lam, at.memory["dual_norm"])
+    dual_norm = at.memory["dual_norm"]
+    rate = log_time_rate(objective, lam, dual_norm)
     return lam_slope.double(), torch.log(length) + rate

@@ -75,7 +75,8 @@ class TorchOptimiser(Discrete):
         own = {name: torch.stack([one[name] for one in kept]) for name in kept[0]}
         log_time = None
         if self.lr is not None:
-            log_time = torch.full_like(state.step_size, self.lr).log()
+            time = torch.full_like(state.step_size, self.lr)
+            log_time = time.log()
         step = Step(move, log_time=log_time)
         return take(problem, norm, state, step, own)
 

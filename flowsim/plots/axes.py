@@ -106,7 +106,8 @@ def draw(ax: Axes, x: Array, y: Array, look: Style, label: str) -> tuple[Array, 
     ax.plot(grid, middle, label=mathtext(label), **look)
     trajectories = x.shape[1]
     if trajectories > 1:
-        ax.fill_between(grid, low, high, color=look["color"], **BAND)
+        colour = look["color"]
+        ax.fill_between(grid, low, high, color=colour, **BAND)
     return grid, middle
 
 
@@ -123,7 +124,8 @@ def bands(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
     grid = np.sort(medians)
     columns = zip(x.T, y.T, strict=True)
     read = np.array([_read(grid, *column) for column in columns])
-    low, middle, high = np.quantile(read, [0.1, 0.5, 0.9], axis=0)
+    fractions = [0.1, 0.5, 0.9]
+    low, middle, high = np.quantile(read, fractions, axis=0)
     return grid, low, middle, high
 
 

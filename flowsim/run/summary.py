@@ -103,5 +103,6 @@ def _where_positive(x: Array, lam: Array) -> float:
     known = k > 0 and np.isfinite(x[k - 1])
     if not known:
         return x[k]
-    between = slice(k - 1, k + 1)
-    return np.interp(0.0, lam[between], x[between])
+    x = x[k - 1 : k + 1]
+    lam = lam[k - 1 : k + 1]
+    return np.interp(0.0, lam, x)
