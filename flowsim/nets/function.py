@@ -7,13 +7,13 @@ from itertools import repeat
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from flowsim.checks import require_instance, require_whole
 from flowsim.layout import Layout, lay_out
 from flowsim.nets.net import Net, Pullback, few_examples, measured_degree
-from flowsim.numerics.shapes import Rows
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def ModuleNet(
     return FunctionNet(function, layout, degree=degree, kinks=not smooth)
 
 
-def weights_of(module: nn.Module) -> Rows:
+def weights_of(module: nn.Module) -> Float[Tensor, "1 P"]:
     """A module's present parameters as one row of flat weights, in the order of its ModuleNet's
     layout."""
     parts = []

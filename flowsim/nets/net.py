@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flowsim.checks import require_not_negative
 from flowsim.layout import Layout
-from flowsim.numerics.shapes import Outputs, Row, Rows
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -36,19 +35,23 @@ class Net(ABC):
         return sum(block.size for block in self.layout)
 
     @abstractmethod
-    def outputs(self, w: Rows, x: Tensor) -> Outputs:
+    def outputs(self, w: Float[Tensor, "B P"], x: Tensor) -> Float[Tensor, "B N C"]:
         """f(x; w)."""
 
     @abstractmethod
-    def linearize(self, w: Rows, x: Tensor) -> tuple[Outputs, Pullback]:
+    def linearize(
+        self, w: Float[Tensor, "B P"], x: Tensor
+    ) -> tuple[Float[Tensor, "B N C"], Pullback]:
         """Outputs and the map c ↦ Jᵀc, which share one forward pass. c is ``(B, N, C)``, Jᵀc ``(B,
         P)``."""
 
     @abstractmethod
-    def pushforward(self, w: Rows, x: Tensor, v: Rows) -> Outputs:
+    def pushforward(
+        self, w: Float[Tensor, "B P"], x: Tensor, v: Float[Tensor, "B P"]
+    ) -> Float[Tensor, "B N C"]:
         """Jv, the derivative of the outputs along v."""
 
-    def pullback(self, w: Tensor, x: Tensor, c: Outputs) -> Rows:
+    def pullback(self, w: Tensor, x: Tensor, c: Float[Tensor, "B N C"]) -> Float[Tensor, "B P"]:
         """Jᵀc. At a kink one element of Clarke's set: the one that autograd returns."""
         _, pull = self.linearize(w, x)
         return pull(c)
@@ -68,7 +71,7 @@ class Net(ABC):
         J = self.jacobian(w, x).flatten(1, 2)
         return J @ J.mT
 
-    def init(self, seeds: int | Iterable[int] = 0, scale: float = 1.0) -> Rows:
+    def init(self, seeds: int | Iterable[int] = 0, scale: float = 1.0) -> Float[Tensor, "B P"]:
         """Gaussian weights, one row a seed: entries of a block are N(0, scale²/fan_in), vectors
         N(0, scale²).
 
@@ -84,7 +87,7 @@ class Net(ABC):
             )
         return torch.stack(rows)
 
-    def _drawn(self, seed: int, scale: float) -> Row:
+    def _drawn(self, seed: int, scale: float) -> Float[Tensor, " P"]:
         generator = torch.Generator().manual_seed(seed)
         parts = []
         for block in self.layout:
