@@ -55,7 +55,8 @@ class RungeKutta(Method):
     @property
     def nodes(self) -> tuple[float, ...]:
         """Where in the step each stage is, from 0 to 1."""
-        return (0.0, *(sum(row) for row in self.stages))
+        later = (sum(row) for row in self.stages)
+        return (0.0, *later)
 
     @property
     def evaluations(self) -> int:
@@ -65,12 +66,14 @@ class RungeKutta(Method):
     def start(self, field: Field, objective: Objective, state: State) -> State:
         require_smooth(field, objective)
         sample = field(objective, state.w)
-        return begun(objective, state, sample, first_size(state.w, sample))
+        size = first_size(state.w, sample)
+        return begun(objective, state, sample, size)
 
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        return advance_by_steps(partial(self._step, field), objective, state, until, budget)
+        step = partial(self._step, field)
+        return advance_by_steps(step, objective, state, until, budget)
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""
@@ -101,7 +104,8 @@ class RungeKutta(Method):
             rates = [s.rates[name] for s in inner]
             gains[name] = dt * combine(self.stages[-1], rates)
         step = segment_between(objective, state, w, samples[0], last, dt)
-        step = replace(step, bend=self._bend(state, w, samples))
+        bend = self._bend(state, w, samples)
+        step = replace(step, bend=bend)
         return moved_along(state, step, last, gains, elapsed)
 
     def _bend(self, state: State, w: Tensor, samples: list[Sample]) -> Tensor:
@@ -110,7 +114,8 @@ class RungeKutta(Method):
             return torch.zeros_like(w)
         tau = state.step_size.to(w)[:, None]
         velocities = [s.velocity for s in samples]
-        middle = state.w + tau * combine(self.middle, velocities)
+        mean = combine(self.middle, velocities)
+        middle = state.w + tau * mean
         slopes = velocities[0] - velocities[-1]
         return middle - 0.5 * (state.w + w) - 0.125 * tau * slopes
 
@@ -123,8 +128,8 @@ class RungeKutta(Method):
         peak = rates.amax(0)
         linear = log_mean_exp(rates[0], rates[-1])
         rest = self._beyond_linear(rates, peak)
-        mean = torch.exp(linear - peak)
-        mean = mean + combine(self.stages[-1], rest[:-1])
+        beyond = combine(self.stages[-1], rest[:-1])
+        mean = torch.exp(linear - peak) + beyond
         log_mean = peak + torch.log(mean.clamp_min(1e-300))
         log_mean = torch.where(mean > 0, log_mean, linear)
         doubt = combine(self.error, rest).abs()
@@ -140,7 +145,8 @@ class RungeKutta(Method):
         rest = []
         for c, rate in zip(self.nodes, rates, strict=True):
             linear = first + c * (last - first)
-            rest.append(torch.exp(rate - peak) - torch.exp(linear - peak))
+            beyond = torch.exp(rate - peak) - torch.exp(linear - peak)
+            rest.append(beyond)
         return rest
 
 

@@ -88,7 +88,8 @@ class Rosenbrock(Method):
     def advance(
         self, field: Field, objective: Objective, state: State, until: Target, budget: int
     ) -> State:
-        return advance_by_steps(partial(self._step, field), objective, state, until, budget)
+        step = partial(self._step, field)
+        return advance_by_steps(step, objective, state, until, budget)
 
     def _step(self, field: Field, objective: Objective, state: State) -> State:
         """One attempt of every trajectory."""

@@ -64,7 +64,8 @@ class Metric:
 
 def squares(point: NetAt) -> Float[Tensor, "B N 1"]:
     """‖x_i‖² of every example."""
-    return point.net.xx.diagonal(dim1=-2, dim2=-1)[..., None]
+    lengths = point.net.xx.diagonal(dim1=-2, dim2=-1)
+    return lengths[..., None]
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,16 @@ class ActivePairs:
         most = mask.sum((1, 2)).max()
         grouped = metric.scales is not None and int(most) > DENSE
         rows = mask.mT if grouped else mask.flatten(1)[:, None]  # (B, G, ·)
-        c = max(1, int(rows.sum(-1).max()))
+        counts = rows.sum(-1)
+        c = max(1, int(counts.max()))
         ordered = rows.byte().sort(dim=-1, descending=True, stable=True)
         order = ordered.indices[..., :c]  # of each row the pairs first, (B, G, c)
         valid = rows.gather(-1, order)
         if not grouped:
             return ActivePairs(point, mask, order // m, order % m, valid)
-        neuron = torch.arange(m, device=mask.device)[:, None]
-        return ActivePairs(point, mask, order, neuron.expand_as(order), valid)
+        neurons = torch.arange(m, device=mask.device)
+        neuron = neurons[:, None].expand_as(order)
+        return ActivePairs(point, mask, order, neuron, valid)
 
     @property
     def batch(self) -> Int[Tensor, "B 1 1"]:
@@ -123,8 +126,10 @@ class ActivePairs:
         end = flat.shape[1]
         # padding writes to a place of its own behind the end
         spare = torch.cat([flat, flat[:, :1]], 1)
-        index = torch.where(self.valid.flatten(1), self.flat, end)
-        written = spare.scatter(1, index, values.flatten(1).to(into))
+        valid = self.valid.flatten(1)
+        index = torch.where(valid, self.flat, end)
+        source = values.flatten(1).to(into)
+        written = spare.scatter(1, index, source)
         return written[:, :end].view(into.shape)
 
     def along(self, v: Rows) -> Float[Tensor, "B G c"]:
@@ -133,7 +138,8 @@ class ActivePairs:
 
     def combine(self, force: Float[Tensor, "B G c"]) -> Rows:
         """Nᵀλ."""
-        spread = self.put(torch.zeros_like(self.point.z), force)
+        nothing = torch.zeros_like(self.point.z)
+        spread = self.put(nothing, force)
         first = bmm(spread.mT, self.point.net.x)
         last = torch.zeros_like(self.point.last)
         return torch.cat([first.flatten(1), last.flatten(1)], 1)
@@ -142,13 +148,14 @@ class ActivePairs:
         """N, dense: for norms that couple neurons only."""
         x = self.point.net.x
         d = x.shape[-1]
-        P = self.point.first[0].numel() + self.point.last[0].numel()
+        first = self.point.first[0].numel()
+        last = self.point.last[0].numel()
         example = self.example.flatten(1)[..., None]  # (B, Gc, 1)
         neuron = self.neuron.flatten(1)[..., None]
         valid = self.valid.flatten(1)[..., None]
         inputs = x.gather(1, example.expand(-1, -1, d))
         place = neuron * d + torch.arange(d, device=x.device)
-        zeros = x.new_zeros(*place.shape[:2], P)
+        zeros = x.new_zeros(*place.shape[:2], first + last)
         normals = zeros.scatter(2, place, inputs)
         return normals * valid
 
@@ -163,7 +170,8 @@ class ActivePairs:
             row, column = _rows_and_columns(self.example)
             neuron, other = _rows_and_columns(self.neuron)
             inner = self.point.net.xx[batch, row, column]
-            blocks = torch.where(neuron == other, metric.scales[0] * inner, 0.0)
+            scaled = metric.scales[0] * inner
+            blocks = torch.where(neuron == other, scaled, 0.0)
         valid, valid_too = _rows_and_columns(self.valid)
         return torch.where(valid & valid_too, blocks, 0.0)
 
@@ -211,7 +219,8 @@ class GaussNewton:
 
     def __call__(self, v: Rows) -> Rows:
         outputs = kernels.pushforward(self.tape, v)  # Jv
-        seen = self.root.mT @ outputs.flatten(1)[..., None]
+        column = outputs.flatten(1)[..., None]
+        seen = self.root.mT @ column
         inner = self.root @ (self.core @ seen)
         pulled = kernels.pullback(self.tape, inner.view_as(outputs))
         return v - self.metric.inverse(pulled)

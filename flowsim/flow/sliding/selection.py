@@ -60,15 +60,15 @@ def least_gradient(
     The others are on the side that z shows; a stuck pair whose kink repels is let go, to the side
     whose multiplier is nearer."""
     hangs = stuck & (point.jump < 0)
-    nearer = (given >= 0.5).to(given)
-    sides = torch.where(stuck, nearer, sides_at(point, None))
+    sides = sides_at(point, None)
+    sides = torch.where(stuck, (given >= 0.5).to(given), sides)
     pairs = ActivePairs.of(point, hangs, metric)
     without = torch.where(hangs, 0.0, sides)
     free = point.gradient(point.slopes(without))  # ∇Λ without forces
     upper = -pairs.take(point.jump)
     ahead = pairs.along(metric.inverse(free))
     guess = upper * pairs.take(given)
-    solution = box.solve_box(pairs.gram(metric), ahead, upper, start=guess)
-    force = solution.force
-    multipliers = pairs.put(sides, fraction_of(force, upper))
-    return multipliers, free - pairs.combine(force)
+    gram = pairs.gram(metric)
+    force = box.solve_box(gram, ahead, upper, start=guess).force
+    h = free - pairs.combine(force)
+    return pairs.put(sides, fraction_of(force, upper)), h

@@ -44,8 +44,8 @@ class Impulses:
         ``move`` in the step."""
         z = pairs.point.z
         on = between(given) | on_kink(pairs.point)
-        passes = (z * move < 0) & (z.abs() < move.abs())
-        arrives = passes & ~on
+        opposed = z * move < 0
+        arrives = opposed & (z.abs() < move.abs()) & ~on
         way = torch.where(arrives, move.abs(), 1.0)
         share = z.abs() / way
         arrival = torch.where(arrives, share, torch.inf)
@@ -141,7 +141,8 @@ class StepStart:
         pairs = self.coupling.pairs
         inverse = self.damping.metric.inverse
         without = self.damping(inverse(h) - carried)  # k without forces
-        ahead = pairs.take(self.point.z) / (fraction * self.tau[..., None])
+        tau = fraction * self.tau[..., None]
+        ahead = pairs.take(self.point.z) / tau
         ahead = ahead + pairs.along(offset / fraction + without)
         solution = self.coupling.held(ahead, upper, guess)
         held = inverse(h - pairs.combine(solution.force))

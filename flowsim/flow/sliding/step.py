@@ -90,7 +90,8 @@ class KinkImplicit(Method):
         before = state
         point = problem.two_layer(len(state.w)).at(state.w)
         given = sides_at(point, state.multipliers)
-        stuck = (on_kink(point) | between(given)) & point.net.distinct
+        stuck = on_kink(point) | between(given)
+        stuck = stuck & point.net.distinct
         sample, multipliers = _sampled(field, problem, state.w, point, given, stuck)
         zero = torch.zeros_like(state.step_size)
         kinks = multipliers.flatten(1)
@@ -111,7 +112,9 @@ class KinkImplicit(Method):
         def run(part: Problem, begin: State, goal: Target) -> State:
             end = advance_by_steps(step, part, begin, goal, budget)
             moved = end.readings["steps"] > begin.readings["steps"]
-            return _readable(field, part, end) if bool(moved.all()) else end
+            if not bool(moved.all()):
+                return end
+            return _readable(field, part, end)
 
         # one trajectory at a time: sets of kinks differ in size
         return one_by_one(run, _supported(objective, field), state, until)
@@ -177,8 +180,9 @@ class KinkImplicit(Method):
             (spent - rise).abs() / allowed,
         )
         excess = torch.stack(errors).amax(0)
-        rises = (rise > 0) & ~_margin_falls(field.norm, problem, state, moved)
-        good = torch.isfinite(excess) & rises & trial.solved
+        falls = _margin_falls(field.norm, problem, state, moved)
+        good = torch.isfinite(excess) & (rise > 0)
+        good = good & trial.solved & ~falls
         return torch.where(good, excess, torch.inf)
 
     def _resized(self, state: State, excess: PerTrajectory) -> State:
@@ -240,19 +244,22 @@ def _going_on(norm: Norm, point: NetAt, before: State, anew: State) -> State:
 
     dual_norm = kept["dual_norm"]
     apart = norm.dual(kept["ascent"] - h).double()
-    goes_on = same(before.readings["lam"], point.lam.double())
+    lam = point.lam.double()
+    goes_on = same(before.readings["lam"], lam)
     goes_on &= same(dual_norm, norm.dual(h).double())
     goes_on &= same(apart + dual_norm, dual_norm)
     tallies = anew.tallies | before.tallies
     tallies["gradients"] = anew.tallies["gradients"]
-    return replace(before, tallies=tallies).where(goes_on, anew)
+    before = replace(before, tallies=tallies)
+    return before.where(goes_on, anew)
 
 
 def _sampled(
     field: Field, problem: Problem, w: Tensor, point: NetAt, given: Tensor, stuck: Tensor
 ) -> tuple[Sample, PerPair]:
     """The field at w, and the multipliers that are selected there."""
-    multipliers, h = least_gradient(Metric.of(field.norm), point, given, stuck)
+    metric = Metric.of(field.norm)
+    multipliers, h = least_gradient(metric, point, given, stuck)
     u = field.norm.steepest(h)
     sample = field.sample(problem, w, point.lam, h, u)
     return sample, multipliers
@@ -277,9 +284,10 @@ def _gains(
     """What the readings gain in a step to w, by Simpson's rule with the mean velocity for the
     middle one: it is free of the fast motion of the softmax weights that the ends still show."""
     first, last = ends
-    mean = norm.value(w - state.w).double() / tau
-    speeds = torch.stack([first.dual_norm, mean, last.dual_norm])
-    places = (state.w, 0.5 * (state.w + w), w)
+    way = norm.value(w - state.w).double()
+    speeds = torch.stack([first.dual_norm, way / tau, last.dual_norm])
+    middle = 0.5 * (state.w + w)
+    places = (state.w, middle, w)
     lengths = torch.stack([norm.value(at) for at in places])
     return {
         "arclength": _simpson(tau, speeds),
@@ -324,7 +332,8 @@ def _readable(field: Field, problem: Problem, state: State) -> State:
     if step is None or step.multipliers0 is None or step.multipliers1 is None:
         return state
     metric = Metric.of(field.norm)
-    point = problem.two_layer(len(step.w0)).at(step.w0)
+    net = problem.two_layer(len(step.w0))
+    point = net.at(step.w0)
     given = sides_at(point, step.multipliers0)
     gain = GAMMA * state.memory["tau"]
     damping = GaussNewton.at(metric, point, given, gain)
