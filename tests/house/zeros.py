@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "flowsim"
+PATIENCE = 300  # seconds for the tests of a module
 
 
 def tests_of(path: Path) -> Path:
@@ -129,7 +130,12 @@ def notices(path: Path, name: str) -> bool:
     tests = str(tests_of(path).relative_to(ROOT))
     zeroed = ["-p", "tests.house.zeros", "--zero", f"{module}:{name}"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *zeroed, tests]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return True  # what goes on for ever has been noticed as well
     if done.returncode > 2:  # neither passed, nor failed, nor failed to be collected
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.returncode != 0
