@@ -21,7 +21,7 @@ PACKAGE = ROOT / "flowsim"
 PATIENCE = 300  # seconds for the tests of a module
 
 
-def tests_of(path: Path) -> Path:
+def mirror_of(path: Path) -> Path:
     """The test file of a module's file."""
     inside = path.relative_to(PACKAGE)
     return ROOT / "tests" / inside.parent / f"test_{inside.name}"
@@ -127,7 +127,7 @@ def zeros(value: Any) -> Any:
 def notices(path: Path, name: str) -> bool:
     """Whether the tests of a module fail with this function zeroed."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    tests = str(tests_of(path).relative_to(ROOT))
+    tests = str(mirror_of(path).relative_to(ROOT))
     zeroed = ["-p", "tests.house.zeros", "--zero", f"{module}:{name}"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *zeroed, tests]
     try:
@@ -148,7 +148,7 @@ def main(wanted: list[str]) -> int:
         name = main_function(path)
         if name is None or (wanted and module not in wanted):
             continue
-        seen = tests_of(path).exists() and notices(path, name)
+        seen = mirror_of(path).exists() and notices(path, name)
         missed += not seen
         sys.stdout.write(f"{'noticed' if seen else 'MISSED'}  {module}:{name}\n")
         sys.stdout.flush()
