@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowsim.checks import require_callable, require_finite, require_flag
 from flowsim.motion.clocks import Clock
 from flowsim.motion.state import READINGS, State
-from flowsim.numerics.shapes import PerTrajectory
 from flowsim.problems.objective import Objective
 
 Measure = Callable[[Any, State], Tensor]
@@ -69,7 +68,7 @@ class Event:
             return value <= self.level
         return value >= self.level
 
-    def value(self, problem: Objective, state: State, who: str) -> PerTrajectory:
+    def value(self, problem: Objective, state: State, who: str) -> Float[Tensor, " B"]:
         """What is measured."""
         with torch.no_grad():
             value = self.measure(problem, state)
@@ -90,7 +89,7 @@ def shape_of(value: Any) -> str:
     return type(value).__name__
 
 
-def inside(problem: Objective, state: State, u: PerTrajectory) -> State:
+def inside(problem: Objective, state: State, u: Float[Tensor, " B"]) -> State:
     """The state at u of its last step; itself where steps are indivisible. Λ is that of the
     weights, not of the interpolant, so that all that is read there fits together."""
     if state.segment is None:
@@ -143,7 +142,7 @@ class Watch:
                 self.limit = torch.where(new, limit, self.limit)
         self.before = state
 
-    def _located(self, name: str, state: State, new: Mask) -> PerTrajectory:
+    def _located(self, name: str, state: State, new: Mask) -> Float[Tensor, " B"]:
         """Where in the last step the event happens; 1 for the trajectories without it."""
         high = torch.ones_like(self.limit)
         low = torch.where(new, 0.0, high)
@@ -156,7 +155,7 @@ class Watch:
             high = torch.where(reached, middle, high)
         return high
 
-    def _inside(self, state: State, u: PerTrajectory) -> State:
+    def _inside(self, state: State, u: Float[Tensor, " B"]) -> State:
         """The state at u, where tallies and the step size are those before the step until it has
         ended."""
         point = inside(self.problem, state, u)
@@ -164,7 +163,7 @@ class Watch:
         early = replace(point, tallies=before.tallies, step_size=before.step_size)
         return early.where(u < 1, point)
 
-    def _record(self, name: str, state: State, u: PerTrajectory, new: Mask) -> None:
+    def _record(self, name: str, state: State, u: Float[Tensor, " B"], new: Mask) -> None:
         point = self._inside(state, u)
         event = self.events[name]
         value = event.value(self.problem, point, f"event {name!r}")
@@ -179,7 +178,7 @@ class Watch:
         return event.reached(self.problem, state, f"event {name!r}")
 
 
-def _shown(state: State, clock: Clock, u: PerTrajectory) -> PerTrajectory:
+def _shown(state: State, clock: Clock, u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """What the clock shows at u, as saves are located: on the interpolant."""
     end = state.readings[clock.reading]
     if state.segment is None:
