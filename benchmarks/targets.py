@@ -332,13 +332,15 @@ def main() -> None:
     apart = max(row["error"] for row in settled if row["tolerance"] == finest)
     spread = max(row["reference_spread"] for row in settled)
     loads = [row["load"] for row in every]
+    commits = sorted({row["commit"][:8] for row in every})
+    processors = sorted({row["processor"] for row in every})
     text = [
         "# Targets and measurements",
         "",
-        f"Worst over problems and seeds. Commits {', '.join(sorted({row['commit'][:8] for row in every}))};",
-        f"{', '.join(sorted({row['processor'] for row in every}))}, one thread, load average "
-        f"{min(loads)} … {max(loads)}.",
-        f"The reference for soft margins is settled to {spread:.1e}; the finest flow agrees with it to {apart:.1e}.",
+        f"Worst over problems and seeds. Commits {', '.join(commits)};",
+        f"{', '.join(processors)}, one thread, load average {min(loads)} … {max(loads)}.",
+        f"The reference for soft margins is settled to {spread:.1e}; "
+        f"the finest flow agrees with it to {apart:.1e}.",
         "",
         "| row | target for | target | measured | reached |",
         "|---|---|---|---|---|",

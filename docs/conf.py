@@ -1,4 +1,4 @@
-"""Sphinx configuration: MyST pages, executed where they hold code cells. The build needs no network."""
+"""Sphinx configuration: MyST pages, executed where they hold code cells, without a network."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The pages document this checkout, also where another flowsim is installed; kernels read PYTHONPATH.
+# The pages document this checkout, also where another flowsim is installed; the kernels of
+# notebooks read PYTHONPATH.
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])

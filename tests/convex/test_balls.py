@@ -1,4 +1,4 @@
-"""Balls of norms: their Newton equations, followed to the steepest direction of a fixed gradient."""
+"""Balls of norms: their Newton equations, followed to the steepest direction of a gradient."""
 
 import pytest
 import torch

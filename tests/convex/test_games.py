@@ -1,4 +1,4 @@
-"""Matrix games between a ball and rows: certificates by plain numpy, several solvers, edge cases."""
+"""Matrix games between a ball and rows: certificates by plain numpy, solvers, edge cases."""
 
 import math
 import sys

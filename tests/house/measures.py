@@ -16,7 +16,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "flowsim"
 
 START = 129_829  # tokens before the house was built, at 12.7 a line
-TOKENS = 133_500  # what naming the parts of formulas has cost; a tenth less than START is the aim
+TOKENS = 134_000  # what naming the parts of formulas has cost; a tenth less than START is the aim
 DENSITY = 9.5  # tokens a line of code
 ARROWS = 75  # pairs of rooms of which one imports from the other
 WIDTH = 100  # characters a line

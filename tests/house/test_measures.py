@@ -3,7 +3,7 @@
 import pytest
 
 from tests.house import measures
-from tests.house.zeros import PACKAGE, modules, mirror_of
+from tests.house.zeros import PACKAGE, mirror_of, modules
 
 
 def test_there_are_no_more_tokens_than_allowed():

@@ -1,4 +1,4 @@
-"""One list of all methods of the flow and one of all discrete rules, each on a problem that it is for.
+"""One list of all methods of the flow and one of all discrete rules, each on a problem for it.
 
 A new method or rule is entered here, and obeys the laws in this folder.
 """

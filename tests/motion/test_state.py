@@ -88,8 +88,9 @@ def test_every_status_has_a_sentence_of_its_own():
 
 
 def test_the_codes_of_saved_states_keep_their_meaning():
-    names = "RUNNING DONE MAX_STEPS INTERRUPTED STEP_TOO_SMALL NONFINITE STATIONARY PRECISION_FLOOR EVENT"
-    assert [status.name for status in sorted(fs.Status)] == names.split()
+    names = ["RUNNING", "DONE", "MAX_STEPS", "INTERRUPTED", "STEP_TOO_SMALL", "NONFINITE"]
+    names += ["STATIONARY", "PRECISION_FLOOR", "EVENT"]
+    assert [status.name for status in sorted(fs.Status)] == names
     assert [int(status) for status in sorted(fs.Status)] == list(range(9))
 
 

@@ -1,4 +1,4 @@
-"""Products that round alike in any batch, and decompositions in which a bad row spoils itself only."""
+"""Products that round alike in any batch; decompositions where a bad row spoils only itself."""
 
 import pytest
 import torch

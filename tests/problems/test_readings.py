@@ -1,4 +1,4 @@
-"""Readings: their numbers, the adjoint of their derivative, margins, and which targets they take."""
+"""Readings: their numbers, the adjoint of their derivative, margins, and targets they take."""
 
 import pytest
 import torch
