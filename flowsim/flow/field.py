@@ -89,7 +89,7 @@ def require_smooth(field: Field, objective: Objective) -> None:
     if jumps:
         raise ValueError(
             f"this method is for smooth fields, but {jumps}, where an explicit ODE solver stalls "
-            "or follows another path; try method=None"
+            "or follows another path; try method=None, or flowsim.SmallStep for small steps"
         )
 
 

@@ -79,7 +79,7 @@ class SteepestFlow(Labelled):
         if self.clock is not None:
             raise ValueError(
                 f"SteepestFlow: got clock {self.clock.name!r} for {method!r}, expected none, since "
-                f"it has a clock of its own; try clock=None, or method=flowsim.DOPRI5"
+                "it has a clock of its own; try clock=None"
             )
         return method.own_clock
 

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from flowsim.checks import require_instance
 from flowsim.motion.clocks import Target
 from flowsim.motion.state import State, tree_map
 from flowsim.numerics.shapes import PerTrajectory
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How weights move. Flows and discrete optimisers are both behind it."""
 
@@ -29,6 +31,11 @@ class Rule(Protocol):
     def advance(self, problem: Any, state: State, until: Target, budget: int) -> State:
         """Natural steps for each running trajectory until it has reached ``until``, at most
         ``budget`` of them."""
+
+
+def require_rule(owner: str, **options: Any) -> None:
+    """Raise TypeError where an option is no `Rule`."""
+    require_instance(owner, Rule, "a rule, try flowsim.GradientDescent(0.1)", **options)
 
 
 @runtime_checkable

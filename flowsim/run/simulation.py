@@ -17,7 +17,7 @@ from flowsim.checks import require_instance, require_whole
 from flowsim.diagnostics.certificate import certify, witness
 from flowsim.diagnostics.margins import Observer
 from flowsim.motion.clocks import SavePlan, Target
-from flowsim.motion.rule import Refining, Rule
+from flowsim.motion.rule import Refining, Rule, require_rule
 from flowsim.motion.state import READINGS, State, Status
 from flowsim.problems.objective import Objective
 from flowsim.run.events import Event, Watch, inside, shape_of
@@ -71,15 +71,15 @@ def simulate(
     ``strict=True`` any status but DONE and EVENT raises `SimulationError`, which carries the
     Trajectory. With a ``directory``, the state is written there every ``checkpoint_seconds``, and
     the Trajectory at the end."""
+    _check_descent(problem, rule)
     _check_options(until, observe, events, max_steps)
-    events = events or {}
     began = wallclock.monotonic()
     weights = w0.w if isinstance(w0, State) else w0
     problem.check_weights(weights)
     problem = problem.like(weights)
     state = rule.start(problem, w0)
     recorder = _Recorder(problem, rule, until, state, observe or {})
-    watch = Watch(problem, events, state, until.clock)
+    watch = Watch(problem, events or {}, state, until.clock)
     allowance = _Allowance(max_steps, 1 if events else _CHUNK, state.attempts)
     checkpoint = _Checkpoint(directory, checkpoint_seconds, began)
     with _bar(progress, rule, recorder) as bar:
@@ -99,7 +99,7 @@ def simulate(
         "seconds": wallclock.monotonic() - began,
         "max_steps": max_steps,
         "until": _words(until),
-        "events": {name: event.sentence for name, event in events.items()},
+        "events": {name: event.sentence for name, event in watch.events.items()},
     }
     run = recorder.trajectory(state, provenance, watch)
     if directory is not None:
@@ -121,6 +121,15 @@ class SimulationError(RuntimeError):
             if s not in _ASKED
         ]
         super().__init__("; ".join(failed))
+
+
+def _check_descent(problem: Any, rule: Any) -> None:
+    require_rule("simulate", rule=rule)
+    if isinstance(problem, type) or not hasattr(problem, "check_weights"):
+        raise TypeError(
+            f"simulate: got problem={problem!r}, expected a problem, "
+            "try flowsim.Problem(net, x, y, loss=flowsim.exponential)"
+        )
 
 
 def _check_options(until: SavePlan, observe: Any, events: Any, max_steps: int) -> None:

@@ -30,7 +30,7 @@ def _row(label: str, run: Trajectory) -> dict[str, Any]:
         "lam": _median_at_end(run, "lam"),
         **{name: _median_at_end(run, name) for name in margins},
         "alignment": _median_at_end(run, f"alignment_{own}"),
-        "energy": np.median(run.certificate.energy),
+        "energy": np.median(_energy_excess(run)),
         "sliding": _median_at_end(run, "tally_sliding"),
         "releases": _median_at_end(run, "tally_releases"),
         "steps": _median_at_end(run, "steps"),
@@ -38,6 +38,16 @@ def _row(label: str, run: Trajectory) -> dict[str, Any]:
         "seconds": run.provenance["seconds"],
         "stopped": ", ".join(reasons),
     }
+
+
+def _energy_excess(run: Trajectory) -> Array:
+    """∫‖∇Λ‖_* ds over the rise of Λ, less one, up to the final state: zero along an exact steepest
+    flow. NaN for a trajectory that did not rise."""
+    end = run.final.readings
+    risen = end["lam"].cpu().numpy() - run["lam"][0]
+    spent = end["dissipated"].cpu().numpy() - run["dissipated"][0]
+    unknown = np.full_like(risen, np.nan)
+    return np.divide(spent, risen, out=unknown, where=risen > 0) - 1
 
 
 def _median_at_end(run: Trajectory, name: str) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowsim.checks import require_instance
 from flowsim.motion.clocks import Target
-from flowsim.motion.rule import Labelled, Rule, pending
+from flowsim.motion.rule import Labelled, Rule, pending, require_rule
 from flowsim.motion.segment import Segment
 from flowsim.motion.state import State
 from flowsim.problems.objective import Objective
@@ -38,14 +38,7 @@ class Switch(Labelled):
     at: Event
 
     def __post_init__(self) -> None:
-        for name in (_BEFORE, _AFTER):
-            rule = getattr(self, name)
-            verbs = (hasattr(rule, verb) for verb in ("label", "start", "advance"))
-            if isinstance(rule, type) or not all(verbs):
-                raise TypeError(
-                    f"Switch: got {name}={rule!r}, expected a rule, "
-                    "try flowsim.GradientDescent(0.1)"
-                )
+        require_rule("Switch", first=self.first, then=self.then)
         expected = "an event, try flowsim.Event(flowsim.diagnostics.accuracy, 1.0)"
         require_instance("Switch", Event, expected, at=self.at)
 

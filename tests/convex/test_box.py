@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear
 
-from flowsim.convex import box as boxqp
+from flowsim.convex import box
 from flowsim.convex.box import LowRank
 
 
@@ -64,7 +64,7 @@ def check_conditions(Q, z, upper, force, close=1e-9):
 def test_random_programmes_are_solved_as_by_scipy(groups, size, rank):
     for seed in range(8):
         blocks, z, upper, low_rank = instance(seed, groups, size, rank)
-        solution = boxqp.solve_box(blocks, z, upper, low_rank)
+        solution = box.solve_box(blocks, z, upper, low_rank)
         Q = matrix(blocks, low_rank)[0]
         assert bool(solution.solved.all())
         expected = by_scipy(Q, z.flatten().numpy(), upper.flatten().numpy())
@@ -78,7 +78,7 @@ def test_random_programmes_are_solved_as_by_scipy(groups, size, rank):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_batch_is_its_programmes(rank):
     blocks, z, upper, low_rank = instance(0, 4, 6, rank, batch=5)
-    together = boxqp.solve_box(blocks, z, upper, low_rank)
+    together = box.solve_box(blocks, z, upper, low_rank)
     for b in range(5):
         alone = slice(b, b + 1)
         part = (
@@ -86,7 +86,7 @@ def test_a_batch_is_its_programmes(rank):
             if low_rank is None
             else LowRank(low_rank.factor[alone], low_rank.core[alone], low_rank.inverse[alone])
         )
-        single = boxqp.solve_box(blocks[alone], z[alone], upper[alone], part)
+        single = box.solve_box(blocks[alone], z[alone], upper[alone], part)
         assert torch.allclose(single.force[0], together.force[b], rtol=0, atol=1e-12)
         assert bool(together.solved[b])
 
@@ -94,7 +94,7 @@ def test_a_batch_is_its_programmes(rank):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_solution_does_not_depend_on_the_start(rank):
     blocks, z, upper, low_rank = instance(3, 5, 8, rank)
-    cold = boxqp.solve_box(blocks, z, upper, low_rank)
+    cold = box.solve_box(blocks, z, upper, low_rank)
     for start in (
         torch.zeros_like(upper),
         upper,
@@ -103,7 +103,7 @@ def test_the_solution_does_not_depend_on_the_start(rank):
         upper + 5.0,
         upper - 9.0,
     ):
-        warm = boxqp.solve_box(blocks, z, upper, low_rank, start)
+        warm = box.solve_box(blocks, z, upper, low_rank, start)
         assert bool(warm.solved.all())
         assert torch.allclose(warm.force, cold.force, rtol=0, atol=1e-10)
 
@@ -111,7 +111,7 @@ def test_the_solution_does_not_depend_on_the_start(rank):
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_forces_that_all_end_at_one_bound(sign):
     blocks, _, upper, low_rank = instance(1, 3, 4, 2)
-    solution = boxqp.solve_box(blocks, sign * torch.full_like(upper, 1e3), upper, low_rank)
+    solution = box.solve_box(blocks, sign * torch.full_like(upper, 1e3), upper, low_rank)
     assert torch.equal(solution.force, upper if sign > 0 else torch.zeros_like(upper))
     assert bool(solution.solved.all())
     assert not bool(solution.free.any())
@@ -120,7 +120,7 @@ def test_forces_that_all_end_at_one_bound(sign):
 def test_unknowns_without_strength_take_no_part():
     blocks, z, upper, low_rank = instance(2, 4, 6, 3)
     upper[:, :, ::2] = 0.0
-    solution = boxqp.solve_box(blocks, z, upper, low_rank)
+    solution = box.solve_box(blocks, z, upper, low_rank)
     assert bool((solution.force[upper == 0] == 0).all())
     expected = by_scipy(matrix(blocks, low_rank)[0], z.flatten().numpy(), upper.flatten().numpy())
     assert solution.force.flatten().numpy() == pytest.approx(expected, abs=1e-8)
@@ -129,7 +129,7 @@ def test_unknowns_without_strength_take_no_part():
 def test_nothing_to_solve():
     """Padding only: blocks of zeros and no strength."""
     zero = torch.zeros(2, 3, 1, dtype=torch.float64)
-    solution = boxqp.solve_box(zero[..., None], zero, zero)
+    solution = box.solve_box(zero[..., None], zero, zero)
     assert torch.equal(solution.force, zero)
     assert bool(solution.solved.all())
 
@@ -143,7 +143,7 @@ def test_duplicate_rows_share_their_force(copies):
         X = x.repeat(copies, 1)[None, None]
         z = torch.randn(3, generator=g, dtype=torch.float64).repeat(copies)[None, None]
         upper = torch.rand(1, 1, 3 * copies, generator=g, dtype=torch.float64)
-        solution = boxqp.solve_box(X @ X.mT, z, upper)
+        solution = box.solve_box(X @ X.mT, z, upper)
         Q, total = (x @ x.T).numpy(), upper.view(copies, 3).sum(0).numpy()
         expected = by_scipy(Q, z[0, 0, :3].numpy(), total)
         assert bool(solution.solved.all())
@@ -167,7 +167,7 @@ def test_more_normals_than_dimensions():
         X = torch.randn(1, 1, 9, 4, generator=g, dtype=torch.float64)
         velocity = torch.randn(4, generator=g, dtype=torch.float64)
         z, upper = (X @ velocity), torch.rand(1, 1, 9, generator=g, dtype=torch.float64)
-        solution = boxqp.solve_box(X @ X.mT, z, upper)
+        solution = box.solve_box(X @ X.mT, z, upper)
         assert bool(solution.solved.all())
         unknown = cvxpy.Variable(9)
         rest = velocity.numpy() - X[0, 0].numpy().T @ unknown
@@ -186,4 +186,4 @@ def test_more_normals_than_dimensions():
 
 def test_a_programme_given_up_is_marked():
     blocks, z, upper, _ = instance(0, 1, 30)
-    assert not bool(boxqp.solve_box(blocks, z, upper, max_sweeps=1).solved.any())
+    assert not bool(box.solve_box(blocks, z, upper, max_sweeps=1).solved.any())

@@ -1,5 +1,4 @@
-"""Muon and Shampoo: their matrices against independent programs, their limits against spectral
-descent."""
+"""Muon: its matrices against independent programs, its limits against spectral descent."""
 
 import math
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -169,6 +170,12 @@ def test_the_command_saves_runs_distances_and_a_figure(tmp_path):
     result = call("compare", config, "-o", out, "--no-progress")
     assert result.exit_code == 0, result.output
     assert "weights, equal t" in result.output
+    table = result.output.partition("weights, equal t")[2]
+    shown = next(line for line in table.splitlines() if "sign descent" in line)
+    distances = [
+        float(word) for word in re.findall(r"\d[\d.e-]*", shown.partition("│")[2].partition("│")[2])
+    ]
+    assert max(distances) > 1e-3  # how far the discrete run is from the flow at most
     made = {p.name for p in out.iterdir()}
     assert {
         "config.toml",

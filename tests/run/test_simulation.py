@@ -541,3 +541,20 @@ def test_the_final_state_does_not_depend_on_the_number_of_saves(rule, activation
         if len(seeds) == 1:
             assert same(few.final, many.final)
         agree(few.final, many.final, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("problem", "rule", "message"),
+    [
+        (fs.Linear(2), fs.GradientDescent(0.1), "got problem=.*expected a problem, try"),
+        (None, "gd", "got rule='gd', expected a rule, try"),
+        (None, fs.L2(), "got rule=.*expected a rule, try"),
+        (None, fs.GradientDescent, "got rule=.*expected a rule, try"),
+    ],
+)
+def test_what_is_no_problem_and_no_rule_is_refused_at_once(problem, rule, message):
+    data = torch.eye(2, dtype=torch.float64), torch.ones(2)
+    problem = problem or fs.Problem(fs.Linear(2), *data, loss=fs.exponential)
+    w0 = torch.zeros(1, 2, dtype=torch.float64)
+    with pytest.raises(TypeError, match=message):
+        fs.simulate(problem, rule, w0, until=fs.lam(1.0))

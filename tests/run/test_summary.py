@@ -33,7 +33,9 @@ def test_rows_hold_medians_and_reasons(runs):
     assert row["lam"] == pytest.approx(400.0, rel=1e-3)
     assert row["margin_l2"] == pytest.approx(np.median(run["margin_l2"][-1]))
     assert row["alignment"] == pytest.approx(np.median(run["alignment_l2"][-1]))
-    assert row["energy"] == pytest.approx(np.median(run.certificate.energy))
+    end = {name: run.final.readings[name].numpy() for name in ("lam", "dissipated")}
+    spent, risen = (end[name] - run[name][0] for name in ("dissipated", "lam"))
+    assert row["energy"] == pytest.approx(np.median(spent / risen - 1))
     assert row["gradients"] == np.median(run["tally_gradients"][-1])
     assert np.isnan(row["sliding"])
     assert np.isfinite(row["t0"])

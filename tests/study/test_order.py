@@ -86,7 +86,7 @@ def test_sign_and_coordinate_descent_approach_the_sliding_flows_of_a_linear_mode
 
 def test_sign_descent_of_a_relu_net_settles_beside_the_steepest_flow_of_linf():
     """Learning rates of ratio four agree with each other, and not with the flow: it raises Λ
-    faster, to a larger margin. What they tend to is the subject of `limits`."""
+    faster, to a larger margin. What they tend to is the subject of `study.small_steps`."""
     problem, w0 = fs.data.peers_net(d=5, width=8, n=10, seed=0)
     flow = fs.SteepestFlow(fs.Linf(), rtol=1e-3)
     rules = {f"{lr:g}": fs.SignDescent(lr, normalized=True) for lr in (1e-3, 2.5e-4)}

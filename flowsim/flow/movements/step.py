@@ -133,7 +133,8 @@ def mover_of(
         return NetMover(norm, objective, w, sides)
     if not supports_smoothing(norm):
         raise ValueError(
-            f"MinimisingMovement does not know the norm {norm.name!r}; try a norm of flowsim"
+            f"MinimisingMovement does not know the norm {norm.name!r}; try a norm of flowsim, or "
+            "flowsim.SmallStep for small steps"
         )
     return ConvexMover(norm, objective, w)
 
