@@ -241,3 +241,14 @@ def test_the_demo_is_a_valid_experiment_on_real_images():
     assert problem.x.shape == (3, 100, 64)
     assert test is not None
     assert test.x.shape[1] == 364 - 100
+
+
+def test_the_first_flow_is_held_against_the_other_rules(tmp_path):
+    both = BASE + f"[[rules]]\n{DESCENT}\n"
+    path = tmp_path / "both.toml"
+    path.write_text(both, encoding="utf-8")
+    found = Experiment.read(path).compare()
+    assert found.labels == ["gradient descent, lr = 0.01"]
+    apart = found[found.labels[0], "weights", "lam"]
+    assert apart.shape[1] == 2
+    assert 0 < np.nanmax(apart) < 0.5

@@ -1,5 +1,7 @@
 """What is read inside a step: against the path itself, which Newton's method finds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +54,17 @@ def test_energy_and_time_are_integrals():
     spent = np.log(quad(rate, 0, 1)[0]) + taken.start.at.lam
     assert taken.time.log_elapsed == pytest.approx(spent, abs=1e-7)
     assert abs(taken.time.defect) < 1e-6
+
+
+def test_a_segment_is_the_path_inside_the_step():
+    state = fs.SteepestFlow(fs.Linf()).start(PROBLEM, torch.zeros(1, 6).double())
+    taken = step(1e-2)
+    view = taken.start.at.view
+    w0, w1 = (view.tensor(point.at.w) for point in (taken.start, taken.end))
+    lam0, lam1 = (view.tensor(point.at.lam) for point in (taken.start, taken.end))
+    begun = replace(state, w=w0, readings=state.readings | {"lam": lam0})
+    segment = taken.segment(begun, w1, state.readings | {"lam": lam1})
+    w, readings = segment.at(torch.tensor([0.5]).double())
+    there = on_path(taken, 0.5).at
+    np.testing.assert_allclose(w[0], there.w, atol=1e-9)
+    assert float(readings["lam"]) == pytest.approx(float(there.lam), abs=1e-7)
