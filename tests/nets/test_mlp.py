@@ -32,3 +32,13 @@ def test_linear_is_a_net_of_one_layer():
     assert net.degree == 1
     assert not fs.MLP([3, 2, 1]).linear
     torch.testing.assert_close(net.outputs(w, x), x @ w.view(4, 2, 3).mT)
+
+
+def test_a_linearised_net_has_its_outputs_and_their_gradient():
+    net = fs.MLP([3, 5, 4, 2], fs.squared_relu)
+    w, x, c = net.init(range(3)).requires_grad_(), draw(1, 7, 3), draw(2, 3, 7, 2)
+    outputs = net.outputs(w, x)
+    (gradient,) = torch.autograd.grad((outputs * c).sum(), w)
+    seen, pull = net.linearize(w.detach(), x)
+    torch.testing.assert_close(seen, outputs.detach())
+    torch.testing.assert_close(pull(c), gradient)

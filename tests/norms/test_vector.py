@@ -17,6 +17,15 @@ def test_lp(p):
     assert_close(norm.dual(g), torch.from_numpy(np.linalg.norm(g.numpy(), q, axis=-1)))
 
 
+@pytest.mark.parametrize("p", [1.1, 1.5, 2.0, 3.0, 40.0])
+def test_the_steepest_direction_of_lp_is_that_of_hoelder(p):
+    """u ∝ sign g |g|^{q−1} with ‖u‖_p = 1, where Hölder's inequality is an equality."""
+    g = uniform(5, 7)
+    followed = g.sign() * g.abs() ** (p / (p - 1) - 1)
+    length = torch.from_numpy(np.linalg.norm(followed.numpy(), p, axis=-1))
+    assert_close(Lp(p).steepest(g), followed / length[:, None])
+
+
 def test_mahalanobis():
     a, g = spd(6), uniform(5, 6)
     for norm, dense in ((Mahalanobis(a), a), (Mahalanobis(a.diagonal()), a.diagonal().diag())):

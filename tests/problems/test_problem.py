@@ -539,3 +539,13 @@ def test_refused_with_a_sentence_that_says_why(name):
     call, message = REFUSED[name]
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
         call()
+
+
+def test_each_trajectory_may_have_some_examples_of_its_own():
+    x, y = fs.data.gaussian_separable(9, 4, seed=0)
+    problem = fs.Problem(fs.MLP([4, 3, 1]), x, y, loss=fs.exponential)
+    w = problem.net.init([0, 1])
+    index = torch.tensor([[0, 4, 7], [8, 1, 1]])
+    some = problem.examples_of(index)
+    expected = problem.margins(w).gather(1, index)
+    torch.testing.assert_close(some.margins(w), expected)
