@@ -2,7 +2,7 @@
 gradient."""
 
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -139,7 +139,7 @@ def stop_if_still(moved: State, before: State) -> State:
     return moved.stopped(flat, Status.STATIONARY)
 
 
-class Discrete(Labelled, ABC):
+class Discrete(Labelled):
     """A rule that takes one step of every trajectory from one gradient. A new one defines the
     abstract members, and where it remembers more than the gradient `blank`.
 

@@ -76,20 +76,11 @@ class SmallStep(Labelled):
 
 def _segment(objective: Objective, a: State, b: State, move: Tensor, length: Tensor) -> Segment:
     """The straight step of this length from a to b."""
-    lam_slope0, time_rate0 = _rates(objective, a, move, length)
-    lam_slope1, time_rate1 = _rates(objective, b, move, length)
-    return Segment(
-        w0=a.w,
-        w1=b.w,
-        slope0=move,
-        slope1=move,
-        readings0=a.readings,
-        readings1=b.readings,
-        lam_slope0=lam_slope0,
-        lam_slope1=lam_slope1,
-        time_rate0=time_rate0,
-        time_rate1=time_rate1,
-    )
+    starting = _rates(objective, a, move, length)
+    ending = _rates(objective, b, move, length)
+    lam_slopes, time_rates = zip(starting, ending, strict=True)
+    readings = (a.readings, b.readings)
+    return Segment.straight((a.w, b.w), move, readings, lam_slopes, time_rates)
 
 
 def _rates(

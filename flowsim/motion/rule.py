@@ -1,6 +1,7 @@
 """The one seam between what moves weights and everything else: `Rule`, and how its trajectories
 are taken to a target."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from html import escape
@@ -47,12 +48,13 @@ class Refining(Protocol):
         bring it."""
 
 
-class Labelled:
+class Labelled(ABC):
     """How rules are shown: by their settings, in a notebook below their label."""
 
     @property
+    @abstractmethod
     def label(self) -> str:
-        raise NotImplementedError
+        """What plots and tables call the rule."""
 
     def __repr__(self) -> str:
         return in_words(self)

@@ -32,6 +32,17 @@ class Segment:
     multipliers0: PerKink | None = None
     multipliers1: PerKink | None = None
 
+    @staticmethod
+    def straight(
+        w: tuple[Rows, Rows],
+        move: Rows,
+        readings: tuple[dict[str, PerTrajectory], dict[str, PerTrajectory]],
+        lam_slopes: tuple[PerTrajectory, PerTrajectory],
+        time_rates: tuple[PerTrajectory, PerTrajectory],
+    ) -> "Segment":
+        """A step along ``move``; each of the others at its start and at its end."""
+        return Segment(*w, move, move, *readings, *lam_slopes, *time_rates)
+
     def at(self, u: PerTrajectory) -> tuple[Rows, dict[str, PerTrajectory]]:
         """Weights and readings inside the step; exact at both ends.
 

@@ -186,8 +186,9 @@ def _resting(state: State) -> Segment:
     """A step of no length that has led to the state: what indivisible steps show."""
     zero = torch.zeros_like(state.w)
     none = torch.zeros_like(state.step_size)
-    readings = state.readings
-    return Segment(state.w, state.w, zero, zero, readings, readings, none, none, none, none)
+    w = (state.w, state.w)
+    readings = (state.readings, state.readings)
+    return Segment.straight(w, zero, readings, (none, none), (none, none))
 
 
 def _complete(segment: Segment, multipliers: Tensor | None) -> Segment:

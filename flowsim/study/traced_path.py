@@ -92,18 +92,8 @@ def _chord(a: State, b: State) -> Segment:
     move = b.w - a.w
     rise = b.readings["lam"] - a.readings["lam"]
     even = torch.zeros_like(rise)
-    return Segment(
-        w0=a.w,
-        w1=b.w,
-        slope0=move,
-        slope1=move,
-        readings0=a.readings,
-        readings1=b.readings,
-        lam_slope0=rise,
-        lam_slope1=rise,
-        time_rate0=even,
-        time_rate1=even,
-    )
+    readings = (a.readings, b.readings)
+    return Segment.straight((a.w, b.w), move, readings, (rise, rise), (even, even))
 
 
 @dataclass(frozen=True)
